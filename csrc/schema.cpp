@@ -1,0 +1,42 @@
+// The only list of op schemas, in alphabetical order. Argument orders are frozen: exported programs carry them.
+// T tokens, H hidden, I expert width, E experts, K top-k (or in-features), P = T*K pairs, D head dim.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ferrum, m) {
+  m.def("fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
+  m.def(
+      "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "int out_features, int group_size, str activation) -> Tensor");
+  m.def("int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor");
+  m.def("int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor");
+  m.def("marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor");
+  m.def("marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor");
+  m.def("marlin_unpack(Tensor packed, Tensor? perm, int in_features, int out_features, int bits) -> Tensor");
+  m.def("marlin_unpermute_scales(Tensor scales, int in_features, int group_size) -> Tensor");
+  m.def(
+      "moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, bool pair_ids, Tensor? expert_map) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor");
+  m.def(
+      "moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, "
+      "Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, "
+      "Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, "
+      "int intermediate_size, str activation) -> Tensor");
+  m.def(
+      "qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, "
+      "bool interleaved=False) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def("silu_mul.gate_up(Tensor gate, Tensor up) -> Tensor");
+  m.def("silu_mul_out(Tensor gate_up, int in_row, Tensor(a!) out, int out_row, int rows) -> ()");
+  m.def(
+      "split_qkv_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
+      "Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("weighted_sum(Tensor slots, Tensor weights) -> Tensor");
+}

@@ -1,0 +1,103 @@
+"""Loads the compiled library and attaches the Python side of every op: reference, fake, sample inputs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SHARED_LIBRARY = Path(__file__).with_name("_C.abi3.so")
+if not _SHARED_LIBRARY.exists():
+    raise ImportError(
+        f"[ferrum_ops] compiled library: expected {_SHARED_LIBRARY.name} beside {Path(__file__).parent}, found none; "
+        "build it with `pip install --no-build-isolation -e .`"
+    )
+torch.ops.load_library(_SHARED_LIBRARY)
+_c = ctypes.CDLL(str(_SHARED_LIBRARY))
+_c.ferrum_cpu_isa.restype = ctypes.c_char_p
+_c.ferrum_set_cpu_isa.argtypes = [ctypes.c_char_p]
+
+_fragment = torch.library.Library("ferrum", "IMPL")
+
+#: Instruction levels of the CPU kernels, lowest first.
+CPU_ISA_LEVELS = ("generic", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Op:
+    """What `tests/test_registry.py`, opcheck and the benchmarks know of one op."""
+
+    name: str  # "rms_norm", or with its overload "silu_mul.gate_up"
+    family: str  # stem of its file in every folder
+    ref: Callable[..., Any]  # pure torch, any device: the oracle
+    fake: Callable[..., Any] | None  # None for an op that only mutates
+    inputs: Callable[..., Iterator[tuple[Any, ...]]]  # (device, dtype) -> argument tuples
+
+
+#: Every registered op by name.
+OPS: dict[str, Op] = {}
+
+
+def register(
+    name: str,
+    *,
+    ref: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    inputs: Callable[..., Iterator[tuple[Any, ...]]],
+) -> None:
+    """Attach `ref` as the kernel of every device without one of its own, and `fake` for tracing.
+
+    The family is the stem of the module that calls this.
+    """
+    family = ref.__module__.rpartition(".")[2]
+    _fragment.impl(name, ref, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"ferrum::{name}", fake, lib=_fragment)
+    OPS[name] = Op(name, family, ref, fake, inputs)
+
+
+def refuse_grad(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise for an op without a backward when autograd would have to differentiate it."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"[{op}] has no backward: expected inputs that do not require grad; call it under torch.no_grad()"
+        )
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Which kernel serves each op on each device.
+
+    Returns `{op: {"cpu" | "cuda" | "mps": "kernel" | "reference"}}`; "reference" is the pure-torch formula.
+    """
+    keys = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS"}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        name: {
+            device: "kernel" if has(f"ferrum::{name}", key) else "reference" for device, key in keys.items()
+        }
+        for name in sorted(OPS)
+    }
+
+
+def cpu_isa() -> str:
+    """The instruction level the CPU kernels run on: "generic", "avx2" or "avx512"."""
+    return _c.ferrum_cpu_isa().decode()
+
+
+@contextmanager
+def use_cpu_isa(level: str) -> Iterator[None]:
+    """Run the CPU kernels on another instruction level inside a `with` block (process-wide; for tests and benchmarks).
+
+    Raises ValueError for a level that is unknown or that this processor lacks.
+    """
+    if _c.ferrum_set_cpu_isa(level.encode()) != 0:
+        raise ValueError(f"[use_cpu_isa] level: expected one of {CPU_ISA_LEVELS} up to {cpu_isa()!r}, got {level!r}")
+    try:
+        yield
+    finally:
+        _c.ferrum_set_cpu_isa(None)

@@ -1,0 +1,26 @@
+import pytest
+import torch
+
+import ferrum_ops
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty_and_fixed_seed():
+    """`torch.empty` holds NaN (or the largest integer), so that a kernel which leaves a gap is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def isa_levels() -> list[str]:
+    """The CPU instruction levels this machine can run, lowest first."""
+    levels = ferrum_ops.CPU_ISA_LEVELS
+    return list(levels[: levels.index(ferrum_ops.cpu_isa()) + 1])
+
+
+@pytest.fixture(params=isa_levels())
+def isa(request):
+    """Runs the test on every instruction level of this machine."""
+    with ferrum_ops.use_cpu_isa(request.param):
+        yield request.param
