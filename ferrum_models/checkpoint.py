@@ -1,0 +1,225 @@
+"""Safetensors checkpoints as one memory-mapped mapping from tensor names to tensors.
+
+Everything a damaged or foreign checkpoint can get wrong about its *files* is found here, before a model exists: missing or
+truncated files, broken headers, an index that points outside the directory or at tensors that are not there.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+#: Safetensors' dtype names (https://huggingface.co/docs/safetensors, "Format").
+SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded. Names the file, the tensor, what was expected and what was found."""
+
+    def __init__(self, file: str | Path, tensor: str | None, expected: str, found: str) -> None:
+        self.file, self.tensor, self.expected, self.found = str(file), tensor, expected, found
+        where = Path(file).name if tensor is None else f"{Path(file).name}: {tensor}"
+        super().__init__(f"[load] {where}: expected {expected}, found {found}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in its file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte offset from the beginning of the file
+    nbytes: int
+
+
+def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+
+
+class Checkpoint:
+    """The safetensors files of one directory.
+
+    `entries` maps every tensor name to its `Entry`; `mapped(name)` gives the tensor itself, a view of the memory-mapped file
+    that is valid inside the `with` block; its pages leave memory afterwards.
+
+    Raises CheckpointError for any file that is missing, truncated or malformed.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.entries: dict[str, Entry] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        for file, names in self._files().items():
+            entries = _read_header(file)
+            for name in entries if names is None else names:
+                if name not in entries:
+                    raise CheckpointError(file, name, f"the tensor that {INDEX_FILE} places here", "no such tensor")
+                self.entries[name] = entries[name]
+            if names is not None:
+                for name in entries.keys() - names:
+                    raise CheckpointError(file, name, f"only tensors that {INDEX_FILE} places here", "this one too")
+
+    def _files(self) -> dict[Path, set[str] | None]:
+        """Each file with the tensors the index places in it, or None where there is no index."""
+        if (single := self.directory / SINGLE_FILE).exists():
+            return {single: None}
+        if (index := self.directory / INDEX_FILE).exists():
+            return self._indexed_files(index)
+        candidates = sorted(self.directory.glob("*.safetensors"))
+        if len(candidates) == 1:  # older writers name the file after the format, e.g. gptq_model-4bit-128g.safetensors
+            return {candidates[0]: None}
+        raise CheckpointError(
+            self.directory,
+            None,
+            f"{SINGLE_FILE}, {INDEX_FILE} or exactly one .safetensors file",
+            f"{len(candidates)} .safetensors files",
+        )
+
+    def _indexed_files(self, index: Path) -> dict[Path, set[str] | None]:
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            names = {str(name): str(file) for name, file in weight_map.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(index, None, "JSON with a weight_map of names to files", repr(error)) from error
+        files: dict[Path, set[str] | None] = {}
+        root = self.directory.resolve()
+        for name, file in names.items():
+            # Compared without following links in the last step: shared caches link the files themselves elsewhere.
+            relative = Path(file)
+            if relative.is_absolute() or ".." in relative.parts or not (root / relative).parent.is_relative_to(root):
+                raise CheckpointError(index, name, "a file inside the checkpoint's directory", repr(file))
+            path = self.directory / relative
+            if path not in files:
+                if not path.exists():
+                    raise CheckpointError(index, name, f"the file {file}", "no such file")
+                files[path] = set()
+            shard = files[path]
+            assert shard is not None
+            shard.add(name)
+        return files
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def file_of(self, name: str) -> Path:
+        return self.entries[name].file if name in self.entries else self.directory
+
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Entry:
+        """The entry of `name`; raises unless it exists with this shape and one of these dtypes."""
+        expected = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {tuple(shape)}"
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(self.directory, name, expected, "no such tensor")
+        if entry.shape != tuple(shape) or entry.dtype not in dtypes:
+            raise CheckpointError(entry.file, name, expected, _describe(entry.dtype, entry.shape))
+        return entry
+
+    @contextmanager
+    def mapped(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor as a view of the mapped file. Not valid after the block: copy what must last."""
+        entry = self.entries[name]
+        if entry.nbytes == 0:
+            yield torch.empty(entry.shape, dtype=entry.dtype)
+            return
+        mapping = self._map(entry.file)
+        aligned = entry.start % entry.dtype.itemsize == 0
+        if aligned:
+            flat = torch.frombuffer(mapping, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start)
+        else:
+            data = bytearray(mapping[entry.start : entry.start + entry.nbytes])
+            flat = torch.frombuffer(data, dtype=entry.dtype)
+        try:
+            yield flat.view(entry.shape)
+        finally:
+            # Give back the pages that belong to this tensor alone, so that loading holds one copy of a model, not two.
+            page = mmap.PAGESIZE
+            first, last = -(-entry.start // page) * page, (entry.start + entry.nbytes) // page * page
+            if last > first and hasattr(mmap, "MADV_DONTNEED"):
+                mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of the tensor in ordinary memory."""
+        with self.mapped(name) as tensor:
+            return tensor.clone()
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as handle:
+                # A private mapping: torch wants a writable buffer, nothing is ever written.
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(file, framework="pt"):  # the library's own validation of header, offsets and file size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(file, None, "a complete safetensors file", str(error)) from error
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header: dict[str, Any] = json.loads(handle.read(length))
+    entries = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = SAFETENSORS_DTYPES.get(info["dtype"])
+        if dtype is None:
+            raise CheckpointError(file, name, f"a dtype among {', '.join(SAFETENSORS_DTYPES)}", info["dtype"])
+        begin, end = info["data_offsets"]
+        entries[name] = Entry(file, dtype, tuple(info["shape"]), 8 + length + begin, end - begin)
+    return entries
+
+
+class LazyTensor:
+    """A tensor that is read, converted or packed when it is asked for.
+
+    Stands in a state dict where transformers expects a slice of a safetensors file: the same three methods.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, build: Any) -> None:
+        self.shape, self.dtype, self._build = tuple(shape), dtype, build
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    def __getitem__(self, _index: Any) -> torch.Tensor:
+        tensor = self._build()
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise RuntimeError(
+                f"[load] lazy tensor: expected {_describe(self.dtype, self.shape)}, "
+                f"built {_describe(tensor.dtype, tuple(tensor.shape))}"
+            )
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize

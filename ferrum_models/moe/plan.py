@@ -1,0 +1,83 @@
+"""The bucket plan: which row of the packed activations belongs to which (token, slot) pair, and the tile height."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import ferrum_ops
+
+BLOCK_SIZES = (8, 16, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Pairs sorted by expert. P = T*K; pairs whose id lies outside `[0, E)` have no row.
+
+    `expert_offsets` int32 [E+1]: expert e owns packed rows `[offsets[e], offsets[e+1])`.
+    `packed_token_idx` int32 [P]: the token of each packed row, -1 behind the last row.
+    `pairs_by_token` int32 [P]: the packed row of pair `t*K + j`, or -1.
+    """
+
+    expert_offsets: torch.Tensor
+    packed_token_idx: torch.Tensor
+    pairs_by_token: torch.Tensor
+
+
+def build_device_plan(topk_ids: torch.Tensor, num_experts: int) -> BucketPlan:
+    """The plan computed where the ids are, without reading them on the host."""
+    pairs_by_token, packed_token_idx, expert_offsets = ferrum_ops.moe_build_pairs_by_token(topk_ids, num_experts)
+    return BucketPlan(expert_offsets, packed_token_idx, pairs_by_token)
+
+
+def build_host_plan(topk_ids: torch.Tensor, num_experts: int) -> BucketPlan:
+    """The same plan from ids read on the host. Tensors are on the CPU."""
+    top_k = topk_ids.shape[1]
+    buckets: list[list[int]] = [[] for _ in range(num_experts)]
+    for pair, expert in enumerate(topk_ids.flatten().tolist()):
+        if 0 <= expert < num_experts:
+            buckets[expert].append(pair)
+    order = [pair for bucket in buckets for pair in bucket]
+    pairs_by_token = [-1] * topk_ids.numel()
+    for row, pair in enumerate(order):
+        pairs_by_token[pair] = row
+    tokens = [pair // top_k for pair in order] + [-1] * (topk_ids.numel() - len(order))
+    offsets = torch.tensor([0, *map(len, buckets)]).cumsum(0)
+    return BucketPlan(
+        offsets.to(torch.int32),
+        torch.tensor(tokens, dtype=torch.int32),
+        torch.tensor(pairs_by_token, dtype=torch.int32),
+    )
+
+
+def pick_moe_block_size(
+    pairs: int,
+    rows_per_expert: list[int] | None = None,
+    *,
+    override: int | None = None,
+    large_m: int | None = None,
+    large_m_min_pairs: int = 1024,
+) -> int:
+    """Rows per tile of the grouped product.
+
+    `override` wins. With the host's `rows_per_expert`: the largest of 64, 32, 16 whose padding stays within 30 % of the
+    rows, else 16. Without it: 16, or `large_m` from `large_m_min_pairs` pairs on.
+
+    Raises ValueError for an override or a `large_m` outside 8, 16, 32, 48, 64.
+    """
+    for name, value in (("override", override), ("large_m", large_m)):
+        if value is not None and value not in BLOCK_SIZES:
+            raise ValueError(f"[pick_moe_block_size] {name}: expected one of {BLOCK_SIZES}, got {value}")
+    if override is not None:
+        return override
+    if rows_per_expert is not None:
+        rows = sum(rows_per_expert)
+        for block in (64, 32, 16):
+            padded = sum(-(-n // block) * block for n in rows_per_expert)
+            if padded - rows <= 0.3 * rows:
+                return block
+        return 16
+    if large_m is not None and pairs >= large_m_min_pairs:
+        return large_m
+    return 16

@@ -1,0 +1,66 @@
+"""The MoE implementations by name, behind one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ferrum_models.moe.bucketed import bucketed
+from ferrum_models.moe.fused import fused
+from ferrum_models.moe.per_pair import per_pair
+from ferrum_models.moe.weights import ExpertWeights
+
+Implementation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights], torch.Tensor]
+
+#: name -> `experts(hidden[T, H], topk_ids[T, K] int32, topk_weights[T, K] float32, weights) -> [T, H]`
+IMPLEMENTATIONS: dict[str, Implementation] = {"fused": fused, "bucketed": bucketed, "per_pair": per_pair}
+
+#: Implementations that never read a tensor on the host: a compiler may trace through them.
+TRACEABLE = {"fused"}
+
+
+def check_implementation(name: str) -> str:
+    """`name` itself; raises ValueError with the known names."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"[moe_implementation] expected one of {sorted(IMPLEMENTATIONS)}, got {name!r}")
+    return name
+
+
+# bucketed and per_pair read expert counts on the host, which a compiler cannot trace. Behind an op it need not: a
+# compiled model calls the same Python, with no graph break.
+_library = torch.library.Library("ferrum_models", "DEF")
+_library.define(
+    "moe_experts(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor?[] tensors, str spec, "
+    "str implementation) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+def _moe_experts(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    tensors: list[torch.Tensor | None],
+    spec: str,
+    implementation: str,
+) -> torch.Tensor:
+    weights = ExpertWeights.rebuild(tensors, spec)
+    return IMPLEMENTATIONS[implementation](hidden, topk_ids, topk_weights, weights)
+
+
+_library.impl("moe_experts", _moe_experts, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ferrum_models::moe_experts", lambda hidden, *_: torch.empty_like(hidden), lib=_library
+)
+
+
+def run_experts(
+    name: str, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, weights: ExpertWeights
+) -> torch.Tensor:
+    """The named implementation; inside a compiled graph, an untraceable one as a single op."""
+    if torch.compiler.is_compiling() and name not in TRACEABLE:
+        return torch.ops.ferrum_models.moe_experts(
+            hidden, topk_ids, topk_weights, weights.tensors(), weights.spec(), name
+        )
+    return IMPLEMENTATIONS[name](hidden, topk_ids, topk_weights, weights)

@@ -1,0 +1,233 @@
+"""The weights of a layer's experts, one class per layout, all with the same three questions.
+
+`gate_up(x, e)` and `down(x, e)` are the two projections of one expert; `fused(hidden, ids, weights)` is the whole block
+without a host read. T tokens, K top-k, E experts, H hidden, I expert width, m rows of one expert.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+import ferrum_ops
+
+
+@dataclass(frozen=True)
+class ExpertWeights(ABC):
+    """Base of every layout. Tensors have E leading; the other fields are plain values."""
+
+    layout: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int: ...
+
+    @abstractmethod
+    def gate_up(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """`[m, H] -> [m, 2I]`, gate first."""
+
+    @abstractmethod
+    def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """`[m, I] -> [m, H]`."""
+
+    @abstractmethod
+    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """`[T, H], [T, K] int32, [T, K] float32 -> [T, H]`; ids outside `[0, E)` are skipped."""
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """The tensor fields in order, for an op's arguments."""
+        return [getattr(self, name) for name in self._tensor_fields()]
+
+    def spec(self) -> str:
+        """Everything but the tensors, as a string."""
+        tensor_fields = self._tensor_fields()
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensor_fields}
+        return json.dumps({"layout": self.layout, **values})
+
+    @classmethod
+    def _tensor_fields(cls) -> list[str]:
+        return [f.name for f in fields(cls) if "Tensor" in str(f.type)]
+
+    @staticmethod
+    def rebuild(tensors: list[torch.Tensor | None], spec: str) -> ExpertWeights:
+        """Inverse of `tensors()` and `spec()`."""
+        values = json.loads(spec)
+        cls = LAYOUTS[values.pop("layout")]
+        return cls(**dict(zip(cls._tensor_fields(), tensors)), **values)
+
+
+def _grouped_experts(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up: torch.Tensor,  # [E, 2I, H]
+    down: torch.Tensor,  # [E, H, I]
+) -> torch.Tensor:
+    """Sort by expert, two grouped matrix products, combine: dense weights, no host read."""
+    if hidden.shape[0] == 0:
+        return torch.empty_like(hidden)
+    pairs, tokens, offsets = ferrum_ops.moe_build_pairs_by_token(topk_ids, gate_up.shape[0])
+    # Rows of skipped pairs hold token -1 and lie behind the last offset: whatever they compute, no pair points at them.
+    packed = hidden[tokens.clamp_min(0)]
+    gate_up_rows = F.grouped_mm(packed, gate_up.transpose(1, 2), offs=offsets[1:])
+    activated = ferrum_ops.silu_mul(gate_up_rows)
+    rows = F.grouped_mm(activated, down.transpose(1, 2), offs=offsets[1:])
+    return ferrum_ops.moe_combine(rows, pairs, topk_weights)
+
+
+@dataclass(frozen=True)
+class DenseExpertWeights(ExpertWeights):
+    """Dense weights as transformers holds them."""
+
+    layout = "dense"
+    gate_up_proj: torch.Tensor  # [E, 2I, H], gate first
+    down_proj: torch.Tensor  # [E, H, I]
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate_up_proj.shape[0]
+
+    def gate_up(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return F.linear(x, self.gate_up_proj[expert])
+
+    def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return F.linear(x, self.down_proj[expert])
+
+    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        return _grouped_experts(hidden, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
+
+
+@dataclass(frozen=True)
+class GptqExpertWeights(ExpertWeights):
+    """GPTQ tensors as on disk, stacked: for devices that have no packed kernel yet. Dequantised when used."""
+
+    layout = "gptq"
+    gate_qweight: torch.Tensor  # int32 [E, H*bits/32, I]
+    gate_qzeros: torch.Tensor  # int32 [E, G, I*bits/32]
+    gate_scales: torch.Tensor  # float16 [E, G, I]
+    gate_g_idx: torch.Tensor  # int32 [E, H]
+    up_qweight: torch.Tensor
+    up_qzeros: torch.Tensor
+    up_scales: torch.Tensor
+    up_g_idx: torch.Tensor
+    down_qweight: torch.Tensor  # int32 [E, I*bits/32, H]
+    down_qzeros: torch.Tensor
+    down_scales: torch.Tensor
+    down_g_idx: torch.Tensor
+    bits: int
+    zero_offset: int  # 1: qzeros hold zero - 1 (GPTQ v1); 0: v2
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate_qweight.shape[0]
+
+    def _weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[in, out]` of one projection of one expert."""
+        qweight, qzeros, scales, g_idx = (
+            getattr(self, f"{projection}_{part}")[expert] for part in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        return ferrum_ops.gptq_dequantize(qweight, qzeros, scales, g_idx, self.bits, self.zero_offset, dtype)
+
+    def gate_up(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = x @ self._weight("gate", expert, x.dtype), x @ self._weight("up", expert, x.dtype)
+        return torch.cat([gate, up], dim=-1)
+
+    def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return x @ self._weight("down", expert, x.dtype)
+
+    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        def stack(projection: str) -> torch.Tensor:
+            return torch.stack([self._weight(projection, e, hidden.dtype).T for e in range(self.num_experts)])
+
+        gate_up = torch.cat([stack("gate"), stack("up")], dim=1)
+        return _grouped_experts(hidden, topk_ids, topk_weights, gate_up, stack("down"))
+
+
+@dataclass(frozen=True)
+class Int4ExpertWeights(ExpertWeights):
+    """The CPU layout of `ferrum_ops.int4_pack`: 16 output columns in the lanes, gate and up tiles alternating."""
+
+    layout = "int4_cpu"
+    w13: torch.Tensor  # uint8 [E, 2*I_pad/16, H_packed/8, 64]
+    w13_scales: torch.Tensor  # float16 [E, 2*I_pad/16, G, 16]
+    w13_zeros: torch.Tensor | None  # uint8 like the scales; None: every zero point is 8
+    w13_perm: torch.Tensor | None  # int32 [E, 1 or 2, H_packed]: input channel of each packed row
+    w2: torch.Tensor  # uint8 [E, H_pad/16, I_packed/8, 64]
+    w2_scales: torch.Tensor
+    w2_zeros: torch.Tensor | None
+    w2_perm: torch.Tensor | None  # int32 [E, I_packed]
+    w13_group_size: int
+    w2_group_size: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str  # "int8" or "full"
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13.shape[0]
+
+    def gate_up(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        width = self.w13.shape[1] * 8  # I rounded up to whole tiles
+        perm = None if self.w13_perm is None else self.w13_perm[expert]
+
+        def linear(tiles: slice, columns: int, tile_perm: torch.Tensor | None) -> torch.Tensor:
+            return ferrum_ops.int4_linear(
+                x,
+                self.w13[expert, tiles].contiguous(),
+                self.w13_scales[expert, tiles].contiguous(),
+                None if self.w13_zeros is None else self.w13_zeros[expert, tiles].contiguous(),
+                tile_perm,
+                None,
+                columns,
+                self.w13_group_size,
+                self.activation,
+            )
+
+        if perm is not None and perm.shape[0] == 2:  # gate and up were quantised in different orders
+            gate, up = (linear(slice(p, None, 2), self.intermediate_size, perm[p]) for p in (0, 1))
+            return torch.cat([gate, up], dim=-1)
+        tiles = linear(slice(None), 2 * width, None if perm is None else perm[0])
+        gate_up = tiles.view(-1, width // 16, 2, 16).transpose(1, 2).reshape(-1, 2, width)
+        return gate_up[..., : self.intermediate_size].reshape(-1, 2 * self.intermediate_size)
+
+    def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return ferrum_ops.int4_linear(
+            x,
+            self.w2[expert],
+            self.w2_scales[expert],
+            None if self.w2_zeros is None else self.w2_zeros[expert],
+            None if self.w2_perm is None else self.w2_perm[expert],
+            None,
+            self.hidden_size,
+            self.w2_group_size,
+            self.activation,
+        )
+
+    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        return ferrum_ops.moe_experts_int4(
+            hidden,
+            topk_ids,
+            topk_weights,
+            self.w13,
+            self.w13_scales,
+            self.w13_zeros,
+            self.w13_perm,
+            self.w13_group_size,
+            self.w2,
+            self.w2_scales,
+            self.w2_zeros,
+            self.w2_perm,
+            self.w2_group_size,
+            self.intermediate_size,
+            self.activation,
+        )
+
+
+LAYOUTS: dict[str, type[ExpertWeights]] = {
+    cls.layout: cls for cls in (DenseExpertWeights, GptqExpertWeights, Int4ExpertWeights)
+}
