@@ -71,7 +71,8 @@ def unpack_rows(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     periods = qweight.unflatten(-2, (rows // words, words))
     fields = (periods if words == 1 else periods[..., word, :]) >> shift
     if bits == 3:
-        # A shift of 30 or 31 leaves 2 or 1 bits of the code and copies of the sign; the next word has the rest.
+        # A shift of 30 or 31 leaves 2 or 1 bits of the code and copies of the sign; the next word has the
+        # rest.
         across = shift > 32 - bits
         next_word = periods[..., (word + 1).clamp_max(words - 1), :] << (32 - shift).clamp_max(31)
         fields = torch.where(across, (fields & ((1 << (32 - shift).clamp_max(30)) - 1)) | next_word, fields)

@@ -1,4 +1,5 @@
-"""`ferrum_ops.formats.gptq` against bit streams built with Python integers, and against itself: exact inverses."""
+"""`ferrum_ops.formats.gptq` against bit streams built with Python integers, and against itself: exact
+inverses."""
 
 import pytest
 import torch
