@@ -1,7 +1,7 @@
 """Safetensors checkpoints as one memory-mapped mapping from tensor names to tensors.
 
-Everything a damaged or foreign checkpoint can get wrong about its *files* is found here, before a model exists: missing or
-truncated files, broken headers, an index that points outside the directory or at tensors that are not there.
+Everything a damaged or foreign checkpoint can get wrong about its *files* is found here, before a model exists: missing
+or truncated files, broken headers, an index that points outside the directory or at tensors that are not there.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 class Checkpoint:
     """The safetensors files of one directory.
 
-    `entries` maps every tensor name to its `Entry`; `mapped(name)` gives the tensor itself, a view of the memory-mapped file
-    that is valid inside the `with` block; its pages leave memory afterwards.
+    `entries` maps every tensor name to its `Entry`; `mapped(name)` gives the tensor itself, a view of the memory-mapped
+    file that is valid inside the `with` block; its pages leave memory afterwards.
 
     Raises CheckpointError for any file that is missing, truncated or malformed.
     """

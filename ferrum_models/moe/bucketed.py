@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 import ferrum_ops
@@ -20,7 +22,7 @@ def bucketed(
     with phase("gather"):
         packed = hidden[plan.packed_token_idx[: offsets[-1]]]
     rows = torch.empty_like(packed)
-    for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for expert, (start, end) in enumerate(pairwise(offsets)):
         if start == end:
             continue
         with phase("gate_up"):

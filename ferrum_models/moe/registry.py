@@ -51,12 +51,16 @@ def _moe_experts(
 
 _library.impl("moe_experts", _moe_experts, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "ferrum_models::moe_experts", lambda hidden, *_: torch.empty_like(hidden), lib=_library
+    "ferrum_models::moe_experts", lambda hidden, *_: hidden.new_empty(hidden.shape), lib=_library
 )
 
 
 def run_experts(
-    name: str, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, weights: ExpertWeights
+    name: str,
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    weights: ExpertWeights,
 ) -> torch.Tensor:
     """The named implementation; inside a compiled graph, an untraceable one as a single op."""
     if torch.compiler.is_compiling() and name not in TRACEABLE:

@@ -62,9 +62,7 @@ def test_stacks_of_experts(bits):
 
 
 def test_known_words():
-    assert gptq.unpack_rows(torch.tensor([[0x76543210]], dtype=torch.int32), 4).flatten().tolist() == list(
-        range(8)
-    )
+    assert gptq.unpack_rows(torch.tensor([[0x76543210]], dtype=torch.int32), 4).flatten().tolist() == list(range(8))
     three_bit = words_of(sum((i % 8) << (3 * i) for i in range(32)), 3)
     assert [w & 0xFFFFFFFF for w in three_bit.tolist()] == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
     assert gptq.unpack_rows(three_bit.view(3, 1), 3).flatten().tolist() == [i % 8 for i in range(32)]
@@ -93,9 +91,7 @@ def test_v1_zeros_are_one_subtraction_per_word(bits, ones):
 
 
 def test_v1_zero_of_zero_borrows_from_its_neighbour():
-    word = torch.tensor(
-        [[0x7777776F]], dtype=torch.int32
-    )  # zeros 0, 8, 8, ...: 0 - 1 borrowed from the second
+    word = torch.tensor([[0x7777776F]], dtype=torch.int32)  # zeros 0, 8, 8, ...: 0 - 1 borrowed from the second
     assert gptq.decode_zeros(word, 4, 8, "gptq").tolist() == [[0, 8, 8, 8, 8, 8, 8, 8]]
 
 
@@ -146,9 +142,7 @@ def irregular(counts, shuffle=False):
     return g_idx[torch.randperm(len(g_idx))] if shuffle else g_idx
 
 
-@pytest.mark.parametrize(
-    "in_features, group_size", [(128, 32), (100, 32), (128, -1), (64, 128), (0, 32), (7, 7)]
-)
+@pytest.mark.parametrize("in_features, group_size", [(128, 32), (100, 32), (128, -1), (64, 128), (0, 32), (7, 7)])
 def test_regular_g_idx_needs_no_perm(in_features, group_size):
     size = in_features if group_size == -1 else group_size
     g_idx = torch.arange(in_features, dtype=torch.int32) // max(size, 1)

@@ -33,7 +33,9 @@ def to_float64(t):
 def outputs(op, function, args):
     result = function(*args)
     if result is None:  # a mutating op: compare what it wrote
-        return [args[i] for i, a in enumerate(torch_op(op.name)._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        return [
+            args[i] for i, a in enumerate(torch_op(op.name)._schema.arguments) if a.alias_info and a.alias_info.is_write
+        ]
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 

@@ -1,0 +1,183 @@
+"""Modules that hold quantised weights: linears in two layouts, a concatenation of linears, and packed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import ferrum_ops
+from ferrum_models.moe.weights import ExpertWeights
+
+
+class _FormatModule(nn.Module):
+    """Buffers are a storage format: `.to(dtype)`, `.half()` and friends move them but never convert them."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class Int4Linear(_FormatModule):
+    """`x @ W + bias` with W in the CPU layout of `ferrum_ops.int4_pack`.
+
+    `packed` uint8 [N_pad/16, K_packed/8, 64], `scales` float16 [N_pad/16, G, 16], `zeros` uint8 like the scales or None
+    (zero point 8), `perm` int32 [K_packed] or None, `bias` [N] or None.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    layout = "int4_cpu"
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        perm: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        *,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        for name, tensor in (
+            ("packed", packed),
+            ("scales", scales),
+            ("zeros", zeros),
+            ("perm", perm),
+            ("bias", bias),
+        ):
+            self.register_buffer(name, tensor)
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ferrum_ops.int4_linear(
+            x,
+            self.packed,
+            self.scales,
+            self.zeros,
+            self.perm,
+            self.bias,
+            self.out_features,
+            self.group_size,
+            self.activation,
+        )
+
+    def set_activation(self, name: str) -> None:
+        self.activation = name
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, "
+            f"zeros={self.zeros is not None}, perm={self.perm is not None}, activation={self.activation}"
+        )
+
+
+class GptqLinear(_FormatModule):
+    """`x @ W + bias` with W as on disk, dequantised at every call: devices without a packed kernel."""
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None
+
+    layout = "gptq"
+
+    def __init__(
+        self,
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        bits: int,
+        zero_offset: int,
+    ) -> None:
+        super().__init__()
+        for name, tensor in (
+            ("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", g_idx), ("bias", bias)
+        ):  # fmt: skip
+            self.register_buffer(name, tensor)
+        self.in_features, self.out_features = g_idx.shape[0], qweight.shape[1]
+        self.bits, self.zero_offset = bits, zero_offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = ferrum_ops.gptq_dequantize(
+            self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.zero_offset, x.dtype
+        )
+        y = x @ weight
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class ConcatLinear(nn.Module):
+    """Linears of one input, outputs side by side: a fused projection whose parts cannot share one packing."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+class DenseLinear(nn.Linear):
+    """nn.Linear, spelt out: what a projection that is not packed becomes (dequantised or never quantised)."""
+
+    layout = "dense"
+
+
+class PackedExperts(_FormatModule):
+    """Any packed layout of `ferrum_models.moe.weights` as a module: its tensors are buffers of the same names."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        super().__init__()
+        self._template = replace(weights, **dict.fromkeys(weights._tensor_fields(), None))
+        for name, tensor in zip(weights._tensor_fields(), weights.tensors()):
+            self.register_buffer(name, tensor)
+
+    @property
+    def layout(self) -> str:
+        return self._template.layout
+
+    @property
+    def weights(self) -> ExpertWeights:
+        return replace(self._template, **{name: self._buffers[name] for name in self._template._tensor_fields()})
+
+    def set_activation(self, name: str) -> None:
+        if any(f.name == "activation" for f in fields(self._template)):
+            self._template = replace(self._template, activation=name)
+
+    def extra_repr(self) -> str:
+        shapes = {name: tuple(t.shape) for name, t in self._buffers.items() if t is not None}
+        return f"layout={self.layout}, {shapes}"
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without data, for building a module that is loaded afterwards."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def is_packed(module: Any) -> bool:
+    """Whether the module holds weights in a layout of its own."""
+    return isinstance(module, _FormatModule)

@@ -1,0 +1,349 @@
+"""One linear layer as a checkpoint stores it: dense, GPTQ, or dense to be rounded to int4 while loading.
+
+A source validates its tensors when it is made and reads their data only when asked.
+K in features, N out features, G groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+
+import ferrum_ops
+from ferrum_models.checkpoint import Checkpoint, CheckpointError
+from ferrum_models.quantization.settings import GptqSettings
+from ferrum_ops.formats import gptq, int4
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+#: Zero point of symmetric 4-bit weights.
+SYMMETRIC_ZERO = 8
+
+
+@dataclass(frozen=True)
+class SavedLinear:
+    """What must be known, beside the packed tensors, to write a linear back as it was."""
+
+    name: str
+    in_features: int
+    out_features: int
+    group_size: int
+    checkpoint_format: str
+    has_g_idx: bool
+    scales_dtype: torch.dtype
+    zero_bias: torch.dtype | None  # a bias of zeros that was on disk and is not kept in memory
+
+
+@dataclass(frozen=True)
+class Int4Tensors:
+    packed: torch.Tensor  # uint8 [N_pad/16, K_packed/8, 64]
+    scales: torch.Tensor  # float16 [N_pad/16, G, 16]
+    zeros: torch.Tensor | None  # uint8 like the scales
+
+
+class LinearSource(ABC):
+    """A linear `name` of K in and N out features."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, in_features: int, out_features: int) -> None:
+        self.checkpoint, self.name = checkpoint, name
+        self.in_features, self.out_features = in_features, out_features
+        self.tensor_names: list[str] = []
+        self.bias_name: str | None = None
+        self.zero_bias: torch.dtype | None = None
+        if (bias := f"{name}.bias") in checkpoint:
+            checkpoint.expect(bias, (out_features,), FLOATS)
+            self.tensor_names.append(bias)
+            # Some GPTQ writers store a bias of zeros for layers that have none.
+            with checkpoint.mapped(bias) as values:
+                if bool(values.any()):
+                    self.bias_name = bias
+                else:
+                    self.zero_bias = values.dtype
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.bias_name is None else self.checkpoint.read(self.bias_name).to(dtype)
+
+    @abstractmethod
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight `[N, K]`."""
+
+
+class DenseSource(LinearSource):
+    def __init__(self, checkpoint: Checkpoint, name: str, in_features: int, out_features: int) -> None:
+        super().__init__(checkpoint, name, in_features, out_features)
+        checkpoint.expect(f"{name}.weight", (out_features, in_features), FLOATS)
+        self.tensor_names.append(f"{name}.weight")
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.checkpoint.read(f"{self.name}.weight").to(dtype)
+
+
+class QuantizedSource(LinearSource):
+    """What GPTQ weights and weights rounded at load have in common."""
+
+    bits: int
+    group_size: int  # rows of packed order per group
+    asymmetric: bool
+    perm: torch.Tensor | None  # int32 [G * group_size]: the input channel of each packed row, -1 for padding
+
+    @property
+    def kernel_group_size(self) -> int | None:
+        """Rows per scale in the CPU layout: the checkpoint's group, or an even part of it of at most 128.
+
+        None if there is no such part that is a multiple of 8.
+        """
+        for size in range(min(128, self.group_size), 7, -1):
+            if size % 8 == 0 and self.group_size % size == 0:
+                return size
+        return None
+
+    @property
+    @abstractmethod
+    def saved(self) -> SavedLinear: ...
+
+    @abstractmethod
+    def int4(self, perm: torch.Tensor | None, group_size: int, with_zeros: bool) -> Int4Tensors:
+        """Packed for the CPU in the row order `perm`, one scale for `group_size` rows."""
+
+    def tile(self, per_group: torch.Tensor, group_size: int, perm: torch.Tensor | None) -> torch.Tensor:
+        """`[G, N]` of the checkpoint's groups -> `[N_pad/16, G', 16]` of the kernel's."""
+        rows = self.in_features if perm is None else perm.shape[0]
+        repeated = per_group.repeat_interleave(self.group_size // group_size, dim=0)
+        return int4.pack_groups(repeated[: -(-rows // group_size)])
+
+
+class GptqSource(QuantizedSource):
+    """GPTQ tensors on disk; layouts and the meaning of every tensor in `ferrum_ops.formats.gptq`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, in_features: int, out_features: int, settings: GptqSettings
+    ) -> None:
+        super().__init__(checkpoint, name, in_features, out_features)
+        module = settings.for_module(name)
+        self.bits, self.checkpoint_format = module.bits, module.checkpoint_format
+        self.group_size = in_features if module.group_size == -1 else min(module.group_size, in_features)
+        self.groups = -(-in_features // self.group_size)
+        if in_features % (32 if self.bits == 3 else 32 // self.bits):
+            raise CheckpointError(
+                checkpoint.file_of(f"{name}.qweight"),
+                f"{name}.qweight",
+                f"in-features that fill whole 32-bit words of {self.bits}-bit values",
+                str(in_features),
+            )
+        int32 = (torch.int32,)
+        checkpoint.expect(f"{name}.qweight", (in_features * self.bits // 32, out_features), int32)
+        checkpoint.expect(f"{name}.qzeros", (self.groups, gptq.packed_columns(out_features, self.bits)), int32)
+        self.scales_dtype = checkpoint.expect(f"{name}.scales", (self.groups, out_features), FLOATS).dtype
+        self.tensor_names += [f"{name}.{part}" for part in ("qweight", "qzeros", "scales")]
+        self.has_g_idx = f"{name}.g_idx" in checkpoint
+        self.perm = self._read_perm()
+        self.asymmetric = bool((self.zeros() != 1 << (self.bits - 1)).any())
+
+    def g_idx(self) -> torch.Tensor:
+        """int32 [K]: the group of each row, as on disk or in order."""
+        if self.has_g_idx:
+            return self.checkpoint.read(f"{self.name}.g_idx")
+        return torch.arange(self.in_features, dtype=torch.int32) // self.group_size
+
+    def _read_perm(self) -> torch.Tensor | None:
+        if not self.has_g_idx:
+            return None
+        tensor = f"{self.name}.g_idx"
+        entry = self.checkpoint.expect(tensor, (self.in_features,), (torch.int32,))
+        self.tensor_names.append(tensor)
+        g_idx = self.g_idx()
+        low, high = int(g_idx.min()), int(g_idx.max())
+        if low < 0 or high >= self.groups:
+            raise CheckpointError(entry.file, tensor, f"groups in [0, {self.groups})", f"[{low}, {high}]")
+        perm = gptq.sort_groups(g_idx, self.in_features, self.group_size)
+        if perm is not None:  # groups of unequal length are padded to the longest
+            self.group_size = perm.shape[0] // self.groups
+        return perm
+
+    def zeros(self) -> torch.Tensor:
+        """uint8 [G, N]: the zero points."""
+        with self.checkpoint.mapped(f"{self.name}.qzeros") as qzeros:
+            return gptq.decode_zeros(qzeros, self.bits, self.out_features, self.checkpoint_format)
+
+    def scales(self) -> torch.Tensor:
+        return self.checkpoint.read(f"{self.name}.scales")
+
+    @property
+    def zero_offset(self) -> int:
+        return gptq.zero_offset(self.checkpoint_format)
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of the on-disk layout; g_idx always among them."""
+        parts = {part: self.checkpoint.entries[f"{self.name}.{part}"] for part in ("qweight", "qzeros", "scales")}
+        shapes = {part: (entry.shape, entry.dtype) for part, entry in parts.items()}
+        return shapes | {"g_idx": ((self.in_features,), torch.int32)}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the tensors that `shapes` describes."""
+        parts = {part: self.checkpoint.read(f"{self.name}.{part}") for part in ("qweight", "qzeros", "scales")}
+        return parts | {"g_idx": self.g_idx()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.checkpoint.entries[name].nbytes for name in self.tensor_names)
+
+    @property
+    def saved(self) -> SavedLinear:
+        return SavedLinear(
+            self.name,
+            self.in_features,
+            self.out_features,
+            self.group_size,
+            self.checkpoint_format,
+            self.has_g_idx,
+            self.scales_dtype,
+            self.zero_bias,
+        )
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        with (
+            self.checkpoint.mapped(f"{self.name}.qweight") as qweight,
+            self.checkpoint.mapped(f"{self.name}.qzeros") as qzeros,
+        ):
+            dense = ferrum_ops.gptq_dequantize(
+                qweight, qzeros, self.scales(), self.g_idx(), self.bits, self.zero_offset, dtype
+            )
+        return dense.T.contiguous()
+
+    def int4(self, perm: torch.Tensor | None, group_size: int, with_zeros: bool) -> Int4Tensors:
+        with self.checkpoint.mapped(f"{self.name}.qweight") as qweight:
+            packed = ferrum_ops.int4_pack(qweight, perm, self.in_features)
+        scales = self.tile(self._half_scales(), group_size, perm)
+        return Int4Tensors(packed, scales, self.tile(self.zeros(), group_size, perm) if with_zeros else None)
+
+    def _half_scales(self) -> torch.Tensor:
+        scales = self.scales()
+        half = scales.to(torch.float16)
+        if not torch.equal(half.to(scales.dtype), scales):
+            raise CheckpointError(
+                self.checkpoint.file_of(f"{self.name}.scales"),
+                f"{self.name}.scales",
+                "scales that float16 can hold",
+                f"{str(scales.dtype).removeprefix('torch.')} scales that it cannot",
+            )
+        return half
+
+
+class RoundedSource(QuantizedSource):
+    """Dense weights, rounded to symmetric int4 in groups of 128 while loading."""
+
+    bits = 4
+    group_size = 128
+    asymmetric = False
+    perm = None
+
+    def __init__(self, checkpoint: Checkpoint, name: str, in_features: int, out_features: int) -> None:
+        super().__init__(checkpoint, name, in_features, out_features)
+        checkpoint.expect(f"{name}.weight", (out_features, in_features), FLOATS)
+        self.tensor_names.append(f"{name}.weight")
+        self.group_size = min(RoundedSource.group_size, in_features)
+
+    @staticmethod
+    def fits(in_features: int, out_features: int) -> bool:
+        """Whether GPTQ's packing (and so saving) has room for these sizes: whole 32-bit words."""
+        return in_features % 8 == 0 and out_features % 8 == 0
+
+    @property
+    def saved(self) -> SavedLinear:
+        return SavedLinear(
+            self.name,
+            self.in_features,
+            self.out_features,
+            self.group_size,
+            checkpoint_format="gptq",
+            has_g_idx=True,
+            scales_dtype=torch.float16,
+            zero_bias=self.zero_bias,
+        )
+
+    def _codes_and_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.checkpoint.mapped(f"{self.name}.weight") as weight:
+            return int4.quantize_rtn(weight, self.group_size)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        codes, scales = self._codes_and_scales()
+        rows = torch.arange(self.in_features) // self.group_size
+        return ((codes.float() - SYMMETRIC_ZERO) * scales.float()[rows]).T.to(dtype).contiguous()
+
+    def int4(self, perm: torch.Tensor | None, group_size: int, with_zeros: bool) -> Int4Tensors:
+        codes, scales = self._codes_and_scales()
+        packed = ferrum_ops.int4_pack(gptq.pack_rows(codes, 4), perm, self.in_features)
+        zeros = torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8) if with_zeros else None
+        return Int4Tensors(
+            packed,
+            self.tile(scales, group_size, perm),
+            None if zeros is None else self.tile(zeros, group_size, perm),
+        )
+
+
+def find_source(
+    checkpoint: Checkpoint,
+    name: str,
+    in_features: int,
+    out_features: int,
+    settings: GptqSettings | None,
+    round_to_int4: bool,
+) -> LinearSource:
+    """The linear `name` by the tensors that exist.
+
+    Raises CheckpointError when neither `name.qweight` nor `name.weight` exists, or when its tensors are wrong.
+    """
+    if f"{name}.qweight" in checkpoint:
+        if settings is None:
+            raise CheckpointError(
+                checkpoint.file_of(f"{name}.qweight"),
+                f"{name}.qweight",
+                "a quantization_config in config.json or quantize_config.json",
+                "neither",
+            )
+        return GptqSource(checkpoint, name, in_features, out_features, settings)
+    if f"{name}.weight" not in checkpoint:
+        raise CheckpointError(checkpoint.directory, name, f"{name}.weight or {name}.qweight", "no such tensor")
+    if round_to_int4 and RoundedSource.fits(in_features, out_features):
+        return RoundedSource(checkpoint, name, in_features, out_features)
+    return DenseSource(checkpoint, name, in_features, out_features)
+
+
+def common_group_size(sources: list[QuantizedSource]) -> int | None:
+    """One kernel group size for linears packed together, or None if there is none.
+
+    Different groups meet at their greatest common divisor, as long as they divide K (no padding rows).
+    """
+    sizes = [source.kernel_group_size for source in sources]
+    known = [size for size in sizes if size is not None]
+    if not known or len(known) != len(sizes):
+        return None
+    common = gcd(*known)
+    if len({source.group_size for source in sources}) > 1 and any(
+        source.in_features % source.group_size for source in sources
+    ):
+        return None
+    return common if common % 8 == 0 else None
+
+
+def unpack_int4(
+    part: Int4Tensors, perm: torch.Tensor | None, saved: SavedLinear, group_size: int
+) -> dict[str, torch.Tensor]:
+    """The on-disk tensors (qweight, qzeros, scales, g_idx) of a packed linear: the exact inverse of `GptqSource.int4`.
+
+    `group_size` is the kernel's, which divides `saved.group_size`.
+    """
+    repeat = saved.group_size // group_size
+    scales = int4.unpack_groups(part.scales, saved.out_features)[::repeat]
+    if part.zeros is None:
+        zeros = torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8)
+    else:
+        zeros = int4.unpack_groups(part.zeros, saved.out_features)[::repeat]
+    return {
+        "qweight": ferrum_ops.int4_unpack(part.packed, perm, saved.in_features, saved.out_features),
+        "qzeros": gptq.encode_zeros(zeros, 4, saved.checkpoint_format),
+        "scales": scales.to(saved.scales_dtype),
+        "g_idx": gptq.g_idx_from_perm(perm, saved.group_size, saved.in_features),
+    }

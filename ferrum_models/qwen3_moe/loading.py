@@ -1,0 +1,173 @@
+"""`from_pretrained`: find the files, plan, hand transformers a state dict that is read and packed as it loads."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, Qwen3MoeConfig
+from transformers.utils import cached_file
+
+from ferrum_models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
+from ferrum_models.quantization.settings import GptqSettings
+from ferrum_models.qwen3_moe.modeling import Qwen3MoeForCausalLM
+from ferrum_models.qwen3_moe.planner import Plan, Planner
+from ferrum_models.report import PeakMemory
+
+#: Arguments that find files on a hub; transformers' names.
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+)
+QUANTIZE = (None, "int4")
+
+
+def load_pretrained(
+    cls: type[Qwen3MoeForCausalLM],
+    name_or_path: str | Path,
+    *model_args: Any,
+    moe_implementation: str,
+    activation: str,
+    quantize: str | None,
+    **kwargs: Any,
+) -> Qwen3MoeForCausalLM:
+    """`Qwen3MoeForCausalLM.from_pretrained`; its docstring has the arguments."""
+    if quantize not in QUANTIZE:
+        raise ValueError(f"[quantize] expected one of {QUANTIZE}, got {quantize!r}")
+    start = time.perf_counter()
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    directory = find_directory(name_or_path, hub)
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory)
+    if not isinstance(config, Qwen3MoeConfig):
+        raise CheckpointError(directory / "config.json", None, "model_type 'qwen3_moe'", repr(config.model_type))
+    dtype = resolve_dtype(kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None), config)
+    settings = GptqSettings.find(directory, config)
+    if quantize is not None and settings is not None:
+        raise ValueError(f"[quantize] expected None for a checkpoint that is quantised already, got {quantize!r}")
+
+    with PeakMemory() as memory:
+        checkpoint = Checkpoint(directory)
+        plan = Planner(
+            config,
+            checkpoint,
+            settings,
+            dtype=dtype,
+            device=target_device(kwargs.get("device_map")),
+            activation=activation,
+            quantize=quantize,
+        ).plan()
+        for message in plan.report.warnings:
+            warnings.warn(message, stacklevel=4)
+        config.quantization_config = {
+            "quant_method": "ferrum",
+            "plans": plan.modules,
+            "original": saved_quantization_config(settings, plan),
+        }
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super(Qwen3MoeForCausalLM, cls).from_pretrained(
+            None,
+            *model_args,
+            config=config,
+            state_dict=plan.tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            moe_implementation=moe_implementation,
+            **kwargs,
+        )
+    problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if problems:
+        raise RuntimeError(f"[load] the plan and the model disagree: {problems}")
+    if plan.packed == 0:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.name_or_path = model.config.name_or_path = str(name_or_path)
+    if "generation_config" not in kwargs and (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    report = plan.report
+    report.seconds = time.perf_counter() - start
+    report.model_nbytes = model.memory_footprint()
+    report.peak_nbytes, report.baseline_nbytes = memory.peak, memory.baseline
+    model.load_report = report
+    return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+
+def find_directory(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
+    """The local directory of a checkpoint; a model id is looked up and downloaded as transformers does.
+
+    Raises CheckpointError for a directory without a config.json.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / hub.get("subfolder", "")
+        if not (path / "config.json").exists():
+            raise CheckpointError(path, None, "a config.json", "none")
+        return path
+    if path.exists() or path.is_absolute():
+        raise CheckpointError(path, None, "a directory", "a file" if path.exists() else "nothing")
+    config_file = cached_file(str(name_or_path), "config.json", **hub)
+    single = cached_file(str(name_or_path), SINGLE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if single is None:
+        from transformers.utils.hub import get_checkpoint_shard_files
+
+        index = cached_file(str(name_or_path), INDEX_FILE, **hub)
+        get_checkpoint_shard_files(str(name_or_path), index, **hub)
+    for name in ("quantize_config.json", "generation_config.json"):
+        cached_file(str(name_or_path), name, _raise_exceptions_for_missing_entries=False, **hub)
+    return Path(config_file).parent
+
+
+def resolve_dtype(torch_dtype: Any, dtype: Any, config: Qwen3MoeConfig) -> torch.dtype:
+    """The activation dtype: the argument, else the configuration's, else float32."""
+    chosen = torch_dtype if dtype is None else dtype
+    if chosen is None or chosen == "auto":
+        chosen = config.dtype or torch.float32
+    if isinstance(chosen, str):
+        chosen = getattr(torch, chosen, None)
+    if chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"[dtype] expected float32, float16 or bfloat16, got {dtype or torch_dtype}")
+    return chosen
+
+
+def target_device(device_map: Any) -> torch.device:
+    """The kind of device the packed weights must suit: the CPU only if nothing goes elsewhere."""
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, dict):
+        devices = {torch.device(d) if d not in ("cpu", "disk") else torch.device("cpu") for d in device_map.values()}
+        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    return torch.device(device_map)
+
+
+def saved_quantization_config(settings: GptqSettings | None, plan: Plan) -> dict[str, Any]:
+    """What config.json says of the quantisation when the model is saved again.
+
+    Modules that were dequantised are saved dense and named as skipped.
+    """
+    if settings is None:
+        # Rounded while loading: saved as GPTQ that any reader understands.
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+        }
+    original = dict(settings.original)
+    original.setdefault("quant_method", "gptq")
+    if plan.dequantized:
+        skipped = {f"-:^{re.escape(source.name)}$": {} for source in plan.dequantized}
+        original["dynamic"] = skipped | settings.dynamic
+    return original

@@ -1,0 +1,565 @@
+"""What a Qwen3-MoE checkpoint becomes: every tensor of the finished model and the modules that hold the packed ones.
+
+The checkpoint is described as a state dict of the finished model whose tensors are read, fused and packed when they are
+asked for (LazyTensor), so that loading holds the packed model and one layer's worth of work, never a second copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen3MoeConfig
+
+from ferrum_models.checkpoint import Checkpoint, CheckpointError, LazyTensor
+from ferrum_models.moe.weights import GptqExpertWeights, Int4ExpertWeights
+from ferrum_models.quantization.layout import pick_layout
+from ferrum_models.quantization.modules import (
+    ConcatLinear,
+    DenseLinear,
+    GptqLinear,
+    Int4Linear,
+    PackedExperts,
+    meta,
+)
+from ferrum_models.quantization.quantizer import ModulePlans
+from ferrum_models.quantization.settings import GptqSettings
+from ferrum_models.quantization.sources import (
+    FLOATS,
+    DenseSource,
+    GptqSource,
+    Int4Tensors,
+    LinearSource,
+    QuantizedSource,
+    common_group_size,
+    find_source,
+)
+from ferrum_models.qwen3_moe.modeling import is_sparse_layer
+from ferrum_models.report import LoadReport, ModuleReport
+
+#: Tensors older writers store and no model needs.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
+
+
+class LazyGroup:
+    """Tensors that come out of one piece of work: built together when the first is asked for."""
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        build: Callable[[], dict[str, torch.Tensor]],
+    ) -> None:
+        self._shapes, self._build = shapes, build
+        self._lock = threading.Lock()
+        self._built: dict[str, torch.Tensor] = {}
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        return {
+            name: LazyTensor(shape, dtype, lambda name=name: self._take(name))
+            for name, (shape, dtype) in self._shapes.items()
+        }
+
+    def _take(self, name: str) -> torch.Tensor:
+        with self._lock:
+            if name not in self._built:
+                self._built.update(self._build())
+            return self._built.pop(name)
+
+
+@dataclass
+class Plan:
+    """Everything decided about a checkpoint before any weight is read."""
+
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)  # the finished model's state dict
+    modules: ModulePlans = field(default_factory=ModulePlans)  # what to build in place of the model's own modules
+    report: LoadReport = field(default_factory=LoadReport)
+    dequantized: list[LinearSource] = field(default_factory=list)  # quantised on disk, dense in memory
+    packed: int = 0  # number of modules that stay quantised
+
+
+class Planner:
+    """Walks the model that a configuration describes and finds every tensor it needs in the checkpoint.
+
+    Raises CheckpointError for the first tensor that is missing, unexpected or of the wrong shape or dtype.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3MoeConfig,
+        checkpoint: Checkpoint,
+        settings: GptqSettings | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation: str,
+        quantize: str | None,
+    ) -> None:
+        self.config, self.checkpoint, self.settings = config, checkpoint, settings
+        self.dtype, self.device, self.activation, self.quantize = dtype, device, activation, quantize
+        self.used: set[str] = set()
+        self.result = Plan()
+
+    def plan(self) -> Plan:
+        config = self.config
+        hidden = config.hidden_size
+        head_dim = config.head_dim or hidden // config.num_attention_heads
+        q_width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.dense("model.embed_tokens.weight", (config.vocab_size, hidden))
+        self.dense("model.norm.weight", (hidden,))
+        for i in range(config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            attention = f"{layer}.self_attn"
+            for norm, width in (
+                (f"{layer}.input_layernorm", hidden),
+                (f"{layer}.post_attention_layernorm", hidden),
+                (f"{attention}.q_norm", head_dim),
+                (f"{attention}.k_norm", head_dim),
+            ):
+                self.dense(f"{norm}.weight", (width,))
+            widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+            self.linear(
+                f"{attention}.qkv_proj",
+                [self.source(f"{attention}.{name}", hidden, width) for name, width in widths.items()],
+            )
+            self.linear(f"{attention}.o_proj", [self.source(f"{attention}.o_proj", q_width, hidden)])
+            if is_sparse_layer(config, i):
+                self.router(f"{layer}.mlp.gate")
+                self.experts(f"{layer}.mlp.experts")
+            else:
+                width = config.intermediate_size
+                gate_up = [self.source(f"{layer}.mlp.{name}", hidden, width) for name in ("gate_proj", "up_proj")]
+                self.linear(f"{layer}.mlp.gate_up_proj", gate_up)
+                self.linear(f"{layer}.mlp.down_proj", [self.source(f"{layer}.mlp.down_proj", width, hidden)])
+        self.lm_head()
+        self.check_unexpected()
+        self.summarize()
+        return self.result
+
+    def source(self, name: str, in_features: int, out_features: int, round_allowed: bool = True) -> LinearSource:
+        round_to_int4 = self.quantize == "int4" and round_allowed
+        found = find_source(self.checkpoint, name, in_features, out_features, self.settings, round_to_int4)
+        self.used.update(found.tensor_names)
+        return found
+
+    def dense(self, name: str, shape: tuple[int, ...]) -> None:
+        """A tensor that the model holds as the checkpoint does, in the activation dtype."""
+        self.checkpoint.expect(name, shape, FLOATS)
+        self.used.add(name)
+        self.result.tensors[name] = LazyTensor(shape, self.dtype, lambda: self.checkpoint.read(name).to(self.dtype))
+
+    def router(self, name: str) -> None:
+        """The router stays dense; a writer that quantised it all the same is dequantised."""
+        source = self.source(name, self.config.hidden_size, self.config.num_experts, round_allowed=False)
+        shape = (self.config.num_experts, self.config.hidden_size)
+        self.result.tensors[f"{name}.weight"] = LazyTensor(shape, self.dtype, lambda: source.weight(self.dtype))
+        self.note_dequantized([source])
+
+    def lm_head(self) -> None:
+        name, shape = "lm_head", (self.config.vocab_size, self.config.hidden_size)
+        if self.config.tie_word_embeddings:
+            if f"{name}.qweight" in self.checkpoint:
+                raise CheckpointError(
+                    self.checkpoint.file_of(f"{name}.qweight"),
+                    f"{name}.qweight",
+                    "no quantised lm_head in a model with tie_word_embeddings",
+                    "one",
+                )
+            self.used.add(f"{name}.weight")  # some writers store the tied copy
+            return
+        source = self.source(name, shape[1], shape[0], round_allowed=False)
+        self.linear(name, [source])
+
+    # Linears.
+
+    def linear(self, path: str, sources: list[LinearSource]) -> None:
+        """One module for one or more linears of the same input, fused where their formats allow it."""
+        if all(isinstance(s, DenseSource) or self.layout([s]) == "dense" for s in sources):
+            self.dense_linear(path, sources)
+            return
+        quantized = [s for s in sources if isinstance(s, QuantizedSource)]
+        if len(quantized) == len(sources) and self.layout(quantized) == "int4_cpu" and _share_packing(quantized):
+            self.int4_linear(path, quantized)
+            return
+        if len(sources) > 1:
+            self.result.modules[path] = lambda: ConcatLinear([nn.Identity() for _ in sources])
+            for i, source in enumerate(sources):
+                self.linear(f"{path}.parts.{i}", [source])
+            return
+        (source,) = sources
+        assert isinstance(source, GptqSource)
+        self.gptq_linear(path, source)
+
+    def layout(self, sources: list[Any]) -> str:
+        """The one layout of sources that are packed together."""
+        if not all(isinstance(s, QuantizedSource) for s in sources):
+            return "dense"
+        group_size = common_group_size(sources)
+        bits = {s.bits for s in sources}
+        return pick_layout(bits.pop(), group_size, self.device) if len(bits) == 1 else "dense"
+
+    def add_group(self, path: str, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], build: Any) -> None:
+        group = LazyGroup(shapes, build)
+        self.result.tensors.update({f"{path}.{name}": t for name, t in group.tensors().items()})
+
+    def add_report(self, path: str, layout: str, sources: list[LinearSource], nbytes: int) -> None:
+        dense = sum(s.in_features * s.out_features for s in sources) * self.dtype.itemsize
+        self.result.report.modules.append(ModuleReport(path, layout, nbytes, dense))
+        self.result.packed += layout != "dense"
+
+    def dense_linear(self, path: str, sources: list[LinearSource]) -> None:
+        in_features, out_features = sources[0].in_features, sum(s.out_features for s in sources)
+        has_bias = any(s.bias_name for s in sources) or (self.config.attention_bias and ".self_attn." in path)
+        self.result.modules[path] = lambda: DenseLinear(
+            in_features, out_features, bias=has_bias, device="meta", dtype=self.dtype
+        )
+        self.result.tensors[f"{path}.weight"] = LazyTensor(
+            (out_features, in_features),
+            self.dtype,
+            lambda: torch.cat([s.weight(self.dtype) for s in sources]),
+        )
+        if has_bias:
+            self.result.tensors[f"{path}.bias"] = LazyTensor(
+                (out_features,), self.dtype, lambda: _bias(sources, self.dtype)
+            )
+        self.note_dequantized(sources)
+
+    def int4_linear(self, path: str, sources: list[QuantizedSource]) -> None:
+        in_features, out_features = sources[0].in_features, sum(s.out_features for s in sources)
+        group_size = common_group_size(sources)
+        assert group_size is not None
+        perm, with_zeros = sources[0].perm, any(s.asymmetric for s in sources)
+        has_bias = any(s.bias_name for s in sources)
+        rows = in_features if perm is None else perm.shape[0]
+        tiles = -(-out_features // 16)
+        shapes = _int4_shapes("", (), tiles, rows, group_size, with_zeros)
+        if perm is not None:
+            shapes["perm"] = ((rows,), torch.int32)
+        if has_bias:
+            shapes["bias"] = ((out_features,), self.dtype)
+
+        def build() -> dict[str, torch.Tensor]:
+            parts = [s.int4(perm, group_size, with_zeros) for s in sources]
+            tensors = {
+                "packed": torch.cat([p.packed for p in parts]),
+                "scales": torch.cat([p.scales for p in parts]),
+            }
+            if with_zeros:
+                tensors["zeros"] = torch.cat([p.zeros for p in parts if p.zeros is not None])
+            if perm is not None:
+                tensors["perm"] = perm
+            if has_bias:
+                tensors["bias"] = _bias(list(sources), self.dtype)
+            return tensors
+
+        def module() -> nn.Module:
+            made = {name: meta(*shape) for name, shape in shapes.items()}
+            linear = Int4Linear(
+                made["packed"],
+                made["scales"],
+                made.get("zeros"),
+                made.get("perm"),
+                made.get("bias"),
+                in_features=in_features,
+                out_features=out_features,
+                group_size=group_size,
+                activation=self.activation,
+            )
+            linear.saved = tuple(s.saved for s in sources)
+            return linear
+
+        self.result.modules[path] = module
+        self.add_group(path, shapes, build)
+        self.add_report(path, "int4_cpu", list(sources), _nbytes(shapes))
+
+    def gptq_linear(self, path: str, source: GptqSource) -> None:
+        shapes = source.shapes()
+        if source.bias_name is not None:
+            shapes["bias"] = ((source.out_features,), self.dtype)
+
+        def build() -> dict[str, torch.Tensor]:
+            bias = source.bias(self.dtype)
+            return source.tensors() | ({} if bias is None else {"bias": bias})
+
+        def module() -> nn.Module:
+            made = {name: meta(*shape) for name, shape in shapes.items()}
+            linear = GptqLinear(
+                *(made[name] for name in ("qweight", "qzeros", "scales", "g_idx")),
+                made.get("bias"),
+                bits=source.bits,
+                zero_offset=source.zero_offset,
+            )
+            linear.saved = (source.saved,)
+            return linear
+
+        self.result.modules[path] = module
+        self.add_group(path, shapes, build)
+        self.add_report(path, "gptq", [source], _nbytes(shapes))
+
+    # Experts.
+
+    def experts(self, path: str) -> None:
+        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        count = self.config.num_experts
+        if f"{path}.gate_up_proj" in self.checkpoint:  # already stacked, as transformers holds them in memory
+            self.dense(f"{path}.gate_up_proj", (count, 2 * width, hidden))
+            self.dense(f"{path}.down_proj", (count, hidden, width))
+            return
+        self.check_expert_count(path)
+        gate, up, down = (
+            [self.source(f"{path}.{e}.{name}", *sizes) for e in range(count)]
+            for name, sizes in (
+                ("gate_proj", (hidden, width)),
+                ("up_proj", (hidden, width)),
+                ("down_proj", (width, hidden)),
+            )
+        )
+        for source in (*gate, *up, *down):
+            if source.bias_name is not None:
+                raise CheckpointError(
+                    self.checkpoint.file_of(source.bias_name),
+                    source.bias_name,
+                    "experts without bias",
+                    "a bias",
+                )
+        layouts = {self.layout([*gate, *up]), self.layout(down)}
+        if layouts == {"int4_cpu"} and _same_rows([*gate, *up]) and _same_rows(down):
+            self.int4_experts(path, gate, up, down)
+        elif layouts == {"gptq"} and len({s.group_size for s in (*gate, *up, *down)}) == 1:
+            self.gptq_experts(path, gate, up, down)
+        else:
+            self.dense_experts(path, gate, up, down)
+
+    def check_expert_count(self, path: str) -> None:
+        prefix = path + "."
+        found = {
+            int(index)
+            for name in self.checkpoint.entries
+            if name.startswith(prefix) and (index := name[len(prefix) :].partition(".")[0]).isdecimal()
+        }
+        expected = self.config.num_experts
+        if found != set(range(expected)):
+            raise CheckpointError(
+                self.checkpoint.directory,
+                path,
+                f"experts 0 to {expected - 1} (config num_experts)",
+                _ranges(found),
+            )
+
+    def dense_experts(self, path: str, gate: Any, up: Any, down: Any) -> None:
+        count, hidden, width = len(gate), self.config.hidden_size, self.config.moe_intermediate_size
+
+        def gate_up_proj() -> torch.Tensor:
+            stacked = torch.empty(count, 2 * width, hidden, dtype=self.dtype)
+            for e in range(count):
+                stacked[e, :width], stacked[e, width:] = gate[e].weight(self.dtype), up[e].weight(self.dtype)
+            return stacked
+
+        def down_proj() -> torch.Tensor:
+            return torch.stack([source.weight(self.dtype) for source in down])
+
+        self.result.tensors[f"{path}.gate_up_proj"] = LazyTensor((count, 2 * width, hidden), self.dtype, gate_up_proj)
+        self.result.tensors[f"{path}.down_proj"] = LazyTensor((count, hidden, width), self.dtype, down_proj)
+        self.note_dequantized([*gate, *up, *down])
+
+    def int4_experts(
+        self, path: str, gate: list[QuantizedSource], up: list[QuantizedSource], down: list[QuantizedSource]
+    ) -> None:
+        count, hidden, width = len(gate), self.config.hidden_size, self.config.moe_intermediate_size
+        group13, group2 = common_group_size([*gate, *up]), common_group_size(down)
+        assert group13 is not None and group2 is not None
+        perms13 = _stack_perms([gate, up])
+        perms2 = _stack_perms([down])
+        zeros13, zeros2 = (any(s.asymmetric for s in group) for group in ([*gate, *up], down))
+        rows13 = hidden if perms13 is None else perms13.shape[-1]
+        rows2 = width if perms2 is None else perms2.shape[-1]
+        width_tiles, hidden_tiles = -(-width // 16), -(-hidden // 16)
+        shapes = _int4_shapes("w13", (count,), 2 * width_tiles, rows13, group13, zeros13)
+        shapes |= _int4_shapes("w2", (count,), hidden_tiles, rows2, group2, zeros2)
+        if perms13 is not None:
+            shapes["w13_perm"] = (tuple(perms13.shape), torch.int32)
+        if perms2 is not None:
+            perms2 = perms2[:, 0].contiguous()
+            shapes["w2_perm"] = (tuple(perms2.shape), torch.int32)
+
+        def build() -> dict[str, torch.Tensor]:
+            made = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+            def fill(prefix: str, index: Any, part: Int4Tensors) -> None:
+                made[prefix][index] = part.packed
+                made[f"{prefix}_scales"][index] = part.scales
+                if part.zeros is not None:
+                    made[f"{prefix}_zeros"][index] = part.zeros
+
+            def one(e: int) -> None:
+                for which, source in enumerate((gate[e], up[e])):
+                    perm = None if perms13 is None else perms13[e, min(which, perms13.shape[1] - 1)]
+                    fill("w13", (e, slice(which, None, 2)), source.int4(perm, group13, zeros13))
+                fill("w2", e, down[e].int4(None if perms2 is None else perms2[e], group2, zeros2))
+
+            _in_parallel(one, count)
+            if perms13 is not None:
+                made["w13_perm"] = perms13
+            if perms2 is not None:
+                made["w2_perm"] = perms2
+            return made
+
+        def module() -> nn.Module:
+            made = {name: meta(*shape) for name, shape in shapes.items()}
+            experts = PackedExperts(
+                Int4ExpertWeights(
+                    *(
+                        made.get(f"{prefix}{suffix}")
+                        for prefix in ("w13", "w2")
+                        for suffix in ("", "_scales", "_zeros", "_perm")
+                    ),  # type: ignore[arg-type]
+                    w13_group_size=group13,
+                    w2_group_size=group2,
+                    hidden_size=hidden,
+                    intermediate_size=width,
+                    activation=self.activation,
+                )
+            )
+            experts.saved = tuple(tuple(s.saved for s in sources) for sources in (gate, up, down))
+            return experts
+
+        self.result.modules[path] = module
+        self.add_group(path, shapes, build)
+        self.add_report(path, "int4_cpu", [*gate, *up, *down], _nbytes(shapes))
+
+    def gptq_experts(self, path: str, gate: list[GptqSource], up: list[GptqSource], down: list[GptqSource]) -> None:
+        projections = {"gate": gate, "up": up, "down": down}
+        shapes = {
+            f"{name}_{part}": ((len(sources), *shape), dtype)
+            for name, sources in projections.items()
+            for part, (shape, dtype) in sources[0].shapes().items()
+        }
+
+        def build() -> dict[str, torch.Tensor]:
+            made = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+            def one(e: int) -> None:
+                for name, sources in projections.items():
+                    for part, tensor in sources[e].tensors().items():
+                        made[f"{name}_{part}"][e] = tensor
+
+            _in_parallel(one, len(gate))
+            return made
+
+        def module() -> nn.Module:
+            made = {name: meta(*shape) for name, shape in shapes.items()}
+            experts = PackedExperts(GptqExpertWeights(**made, bits=gate[0].bits, zero_offset=gate[0].zero_offset))
+            experts.saved = tuple(tuple(s.saved for s in sources) for sources in (gate, up, down))
+            return experts
+
+        self.result.modules[path] = module
+        self.add_group(path, shapes, build)
+        self.add_report(path, "gptq", [*gate, *up, *down], _nbytes(shapes))
+
+    # What is left.
+
+    def note_dequantized(self, sources: list[Any]) -> None:
+        quantized = [s for s in sources if isinstance(s, GptqSource)]
+        self.result.dequantized += quantized
+
+    def check_unexpected(self) -> None:
+        for name in sorted(self.checkpoint.entries.keys() - self.used):
+            if not name.endswith(IGNORED_SUFFIXES):
+                entry = self.checkpoint.entries[name]
+                raise CheckpointError(
+                    entry.file, name, "only tensors that the configuration has a place for", "this one too"
+                )
+
+    def summarize(self) -> None:
+        """One warning for weights that are quantised on disk and dense in memory, with what that costs."""
+        by_bits: dict[int, list[GptqSource]] = {}
+        for source in self.result.dequantized:
+            assert isinstance(source, GptqSource)
+            by_bits.setdefault(source.bits, []).append(source)
+        for bits, sources in sorted(by_bits.items()):
+            packed = sum(s.nbytes for s in sources)
+            dense = sum(s.in_features * s.out_features for s in sources) * self.dtype.itemsize
+            self.add_report(f"{len(sources)} linears of {bits} bits", "dense", list(sources), dense)
+            self.result.report.warnings.append(
+                f"[load] {len(sources)} {bits}-bit linears ({sources[0].name}, ...) have no packed kernel for their "
+                f"bits or groups: dequantised to {str(self.dtype).removeprefix('torch.')}, "
+                f"{dense / 1e6:.1f} MB instead of {packed / 1e6:.1f} MB"
+            )
+
+
+def _share_packing(sources: list[QuantizedSource]) -> bool:
+    """Whether linears can stand side by side in one packed tensor: one row order, whole tiles before the last."""
+    first = sources[0].perm
+    for source in sources[1:]:
+        if (source.perm is None) != (first is None):
+            return False
+        if source.perm is not None and first is not None and not torch.equal(source.perm, first):
+            return False
+    return all(source.out_features % 16 == 0 for source in sources[:-1])
+
+
+def _rows(source: QuantizedSource) -> int:
+    return source.in_features if source.perm is None else source.perm.shape[0]
+
+
+def _same_rows(sources: list[Any]) -> bool:
+    """Whether all row orders are equally long, counting an order of its own as the rows themselves."""
+    lengths = {source.perm.shape[0] for source in sources if source.perm is not None}
+    return len(lengths) <= 1 and all(source.in_features <= min(lengths, default=1 << 62) for source in sources)
+
+
+def _stack_perms(projections: list[list[QuantizedSource]]) -> torch.Tensor | None:
+    """int32 `[E, P, rows]`, or None when every projection is in its own order. P is 1 if all projections agree."""
+    lengths = {s.perm.shape[0] for sources in projections for s in sources if s.perm is not None}
+    if not lengths:
+        return None
+    (rows,) = lengths
+
+    def order(source: QuantizedSource) -> torch.Tensor:
+        if source.perm is not None:
+            return source.perm
+        identity = torch.arange(rows, dtype=torch.int32)
+        return identity.masked_fill(identity >= source.in_features, -1)
+
+    perms = torch.stack([torch.stack([order(s) for s in experts]) for experts in zip(*projections)])
+    agree = all(torch.equal(perms[:, 0], perms[:, p]) for p in range(1, perms.shape[1]))
+    return perms[:, :1].contiguous() if agree else perms
+
+
+def _int4_shapes(
+    prefix: str, lead: tuple[int, ...], tiles: int, rows: int, group_size: int, with_zeros: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    groups = -(-rows // group_size)
+    names = ("packed", "scales", "zeros") if not prefix else (prefix, f"{prefix}_scales", f"{prefix}_zeros")
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        names[0]: ((*lead, tiles, -(-rows // 8), 64), torch.uint8),
+        names[1]: ((*lead, tiles, groups, 16), torch.float16),
+    }
+    if with_zeros:
+        shapes[names[2]] = ((*lead, tiles, groups, 16), torch.uint8)
+    return shapes
+
+
+def _nbytes(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def _bias(sources: list[Any], dtype: torch.dtype) -> torch.Tensor:
+    biases = [s.bias(dtype) for s in sources]
+    return torch.cat([torch.zeros(s.out_features, dtype=dtype) if b is None else b for s, b in zip(sources, biases)])
+
+
+def _in_parallel(work: Callable[[int], None], count: int) -> None:
+    """`work(0) ... work(count - 1)` on as many threads as torch computes with; the first exception is raised."""
+    with ThreadPoolExecutor(max_workers=max(1, min(torch.get_num_threads(), count))) as pool:
+        for _ in pool.map(work, range(count)):
+            pass
+
+
+def _ranges(found: set[int]) -> str:
+    return f"{len(found)} experts, {min(found)} to {max(found)}" if found else "no experts"

@@ -1,0 +1,100 @@
+"""torch.compile without graph breaks or recompiles, static caches, and torch.export."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from ferrum_models import Qwen3MoeForCausalLM
+from ferrum_ops.testing.compare import assert_close
+from tests.models.make_checkpoint import Recipe, make_checkpoint
+
+IDS = torch.arange(10).view(1, 10) * 7 % 96
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(path, Recipe(act_order="shared", sym=False))
+    return path
+
+
+@pytest.fixture
+def model(directory):
+    torch.compiler.reset()
+    # Inductor's own warnings about determinism are not what is tested here.
+    torch.use_deterministic_algorithms(False)
+    return Qwen3MoeForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def greedy_with_static_cache(model, forward, steps):
+    """Token ids of `steps` greedy steps after IDS, and the logits of each."""
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    ids, logits = IDS, []
+    positions = torch.arange(IDS.shape[1])
+    for _ in range(steps):
+        out = forward(
+            input_ids=ids,
+            position_ids=positions.unsqueeze(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(out.logits[:, -1])
+        ids = logits[-1].argmax(-1, keepdim=True)
+        positions = positions[-1:] + 1
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("implementation", ["fused", "bucketed", "per_pair"])
+def test_compiled_equals_eager(model, implementation, backend):
+    if backend == "inductor" and implementation == "per_pair":
+        pytest.skip("inductor sees the same single op as for bucketed")
+    model.set_moe_implementation(implementation)
+    with torch.no_grad():
+        expected = greedy_with_static_cache(model, model, 6)
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        # fullgraph: a graph break raises. The prefill and the decode step are one graph each.
+        got = greedy_with_static_cache(model, compiled, 6)
+    assert_close("compiled model", got, expected, bound=1e-4)
+
+
+def test_no_recompile_from_step_to_step(model):
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        greedy_with_static_cache(model, compiled, 3)
+        after_three = counter.frame_count
+        greedy_with_static_cache(model, compiled, 8)
+    assert after_three == counter.frame_count == 2  # one graph for the prompt, one for a step
+
+
+def test_dynamo_explains_no_graph_break(model):
+    with torch.no_grad():
+        explanation = torch._dynamo.explain(model)(input_ids=IDS, use_cache=False)
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+def test_generate_with_a_static_cache(model):
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), model.generate(IDS, **options))
+
+
+def test_export_of_a_moe_block(model):
+    block = model.model.layers[0].mlp
+    hidden = torch.randn(1, 7, model.config.hidden_size)
+    with torch.no_grad():
+        tokens = torch.export.Dim("tokens", min=2, max=512)
+        program = torch.export.export(block, (hidden,), dynamic_shapes=({1: tokens},))
+        longer = torch.randn(1, 19, model.config.hidden_size)
+        for x in (hidden, longer):
+            assert torch.equal(program.module()(x), block(x))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "ferrum.moe_experts_int4.default" in names
+
+
+def test_export_of_the_model(model, tmp_path):
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=False)
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        assert_close("exported model", loaded(input_ids=IDS, use_cache=False).logits, model(IDS).logits, bound=1e-5)

@@ -1,0 +1,231 @@
+"""The three implementations agree at pinned routing, for every layout, on every shape of routing that is easy to get wrong."""
+
+import pytest
+import torch
+
+import ferrum_ops
+from ferrum_models.moe import (
+    IMPLEMENTATIONS,
+    DenseExpertWeights,
+    ExpertWeights,
+    GptqExpertWeights,
+    Int4ExpertWeights,
+    build_device_plan,
+    build_host_plan,
+    pick_moe_block_size,
+    profile,
+    run_experts,
+)
+from ferrum_ops.formats import gptq, int4
+from ferrum_ops.testing.compare import assert_close, relative_error
+
+E, K, H, I, GROUP = 6, 2, 48, 40, 16
+
+
+def random_gptq(in_features, out_features):
+    groups = -(-in_features // GROUP)
+    codes = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (groups, out_features), dtype=torch.uint8)
+    scales = (torch.rand(groups, out_features) * 0.02 + 0.01).half()
+    g_idx = (torch.arange(in_features, dtype=torch.int32) // GROUP)[torch.randperm(in_features)]
+    return gptq.pack_rows(codes, 4), gptq.encode_zeros(zeros, 4, "gptq"), scales, g_idx
+
+
+def make_gptq() -> GptqExpertWeights:
+    tensors = {}
+    for name, sizes in (("gate", (H, I)), ("up", (H, I)), ("down", (I, H))):
+        stacked = zip(*(random_gptq(*sizes) for _ in range(E)))
+        for part, values in zip(("qweight", "qzeros", "scales", "g_idx"), stacked):
+            tensors[f"{name}_{part}"] = torch.stack(list(values))
+    return GptqExpertWeights(**tensors, bits=4, zero_offset=1)
+
+
+def make_dense(weights: GptqExpertWeights, dtype=torch.float32) -> DenseExpertWeights:
+    def stack(name):
+        return torch.stack([weights._weight(name, e, dtype).T for e in range(E)])
+
+    return DenseExpertWeights(torch.cat([stack("gate"), stack("up")], dim=1), stack("down").contiguous())
+
+
+def make_int4(weights: GptqExpertWeights, activation: str) -> Int4ExpertWeights:
+    def pack(name, in_features):
+        parts = []
+        for e in range(E):
+            qweight, qzeros, scales, g_idx = (
+                getattr(weights, f"{name}_{part}")[e] for part in ("qweight", "qzeros", "scales", "g_idx")
+            )
+            perm = gptq.sort_groups(g_idx, in_features, GROUP)
+            zeros = gptq.decode_zeros(qzeros, 4, scales.shape[1], "gptq")
+            packed = ferrum_ops.int4_pack(qweight, perm, in_features)
+            parts.append((packed, int4.pack_groups(scales), int4.pack_groups(zeros), perm))
+        return [torch.stack(list(values)) for values in zip(*parts)]
+
+    gate, up, down = pack("gate", H), pack("up", H), pack("down", I)
+    w13 = [torch.stack([g, u], dim=2).flatten(1, 2) for g, u in zip(gate[:3], up[:3])]
+    perm13 = torch.stack([gate[3], up[3]], dim=1)
+    return Int4ExpertWeights(
+        *w13, perm13, *down, GROUP, GROUP, hidden_size=H, intermediate_size=I, activation=activation
+    )
+
+
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, ExpertWeights]:
+    torch.manual_seed(1)
+    weights = make_gptq()
+    return {
+        "gptq": weights,
+        "dense": make_dense(weights),
+        "int4-full": make_int4(weights, "full"),
+        "int4-int8": make_int4(weights, "int8"),
+    }
+
+
+LAYOUTS = ("gptq", "dense", "int4-full", "int4-int8")
+ROUTINGS = {
+    "random": lambda: torch.stack([torch.randperm(E)[:K] for _ in range(23)]),
+    "one-token": lambda: torch.tensor([[4, 1]]),
+    "no-token": lambda: torch.empty(0, K, dtype=torch.int64),
+    "all-on-one-expert": lambda: torch.tensor([[3, 0]]).expand(9, K),
+    "more-than-64-rows": lambda: torch.tensor([[5, 2]]).expand(131, K),
+    "experts-with-none": lambda: torch.tensor([[0, 5]]).repeat(3, 1),
+    "off-rank": lambda: torch.tensor([[-1, 2], [E, 1], [0, E], [-1, E], [3, 4]]),
+    "nothing-kept": lambda: torch.tensor([[-1, E], [E, -1]]),
+}
+
+
+def inputs(routing):
+    torch.manual_seed(2)
+    ids = ROUTINGS[routing]().to(torch.int32).contiguous()
+    return torch.randn(ids.shape[0], H), ids, torch.rand(ids.shape) + 0.1
+
+
+def oracle(hidden, ids, topk_weights, dense):
+    """Float64, one pair at a time, dense weights."""
+    out = torch.zeros(hidden.shape, dtype=torch.float64)
+    for t in range(ids.shape[0]):
+        for k, e in enumerate(ids[t].tolist()):
+            if 0 <= e < E:
+                gate, up = (dense.gate_up_proj[e].double() @ hidden[t].double()).chunk(2)
+                activated = torch.nn.functional.silu(gate) * up
+                out[t] += topk_weights[t, k].double() * (dense.down_proj[e].double() @ activated)
+    return out
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_matches_float64_oracle(name, layout, routing, layouts):
+    args = inputs(routing)
+    expected = oracle(*args, layouts["dense"])
+    got = run_experts(name, *args, layouts[layout])
+    assert_close("moe_experts", got, expected, bound=2e-2 if layout == "int4-int8" else 1e-5)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("layout", ("int4-full", "int4-int8"))
+@pytest.mark.parametrize("name", ("bucketed", "fused"))
+def test_packed_implementations_agree_closely(name, layout, routing, layouts):
+    args = inputs(routing)
+    expected = run_experts("per_pair", *args, layouts[layout])
+    # Between the projections fused keeps float32 as the others do, so only the order of the last sum may differ.
+    assert relative_error(run_experts(name, *args, layouts[layout]), expected) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", ("int4-full", "dense"))
+def test_low_precision_activations(name, layout, dtype, layouts):
+    hidden, ids, topk_weights = inputs("random")
+    hidden = hidden.to(dtype)
+    weights = layouts[layout]
+    if layout == "dense":
+        weights = DenseExpertWeights(weights.gate_up_proj.to(dtype), weights.down_proj.to(dtype))
+    got = run_experts(name, hidden, ids, topk_weights, weights)
+    assert got.dtype == dtype
+    # Two intermediate roundings to the dtype, and for the dense layout rounded weights.
+    bound = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert_close("moe_experts", got, oracle(hidden, ids, topk_weights, layouts["dense"]), bound=bound)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_compiles_without_a_graph_break(name, layout, layouts):
+    args = inputs("off-rank")
+    weights = layouts[layout]
+
+    def block(hidden, ids, topk_weights):
+        return run_experts(name, hidden, ids, topk_weights, weights) * 1.0
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_close("moe_experts", compiled(*args), block(*args))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_rebuild_from_tensors_and_spec(layout, layouts):
+    weights = layouts[layout]
+    again = ExpertWeights.rebuild(weights.tensors(), weights.spec())
+    assert type(again) is type(weights)
+    assert again.spec() == weights.spec()
+    assert all(a is b for a, b in zip(again.tensors(), weights.tensors()))
+
+
+def test_unknown_implementation():
+    from ferrum_models.moe.registry import check_implementation
+
+    with pytest.raises(ValueError, match=r"expected one of \['bucketed', 'fused', 'per_pair'\], got 'magic'"):
+        check_implementation("magic")
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_host_and_device_plans_agree(routing):
+    _, ids, _ = inputs(routing)
+    device, host = build_device_plan(ids, E), build_host_plan(ids, E)
+    assert torch.equal(device.expert_offsets, host.expert_offsets)
+    assert torch.equal(device.pairs_by_token, host.pairs_by_token)
+    kept = int(host.expert_offsets[-1])
+    assert torch.equal(device.packed_token_idx[:kept], host.packed_token_idx[:kept])
+
+
+class TestBlockSize:
+    def test_device_plan(self):
+        assert pick_moe_block_size(8) == 16
+        assert pick_moe_block_size(5000) == 16
+        assert pick_moe_block_size(1023, large_m=64) == 16
+        assert pick_moe_block_size(1024, large_m=64) == 64
+
+    def test_host_plan_takes_the_largest_within_30_percent(self):
+        assert pick_moe_block_size(256, [64, 64, 128]) == 64
+        assert pick_moe_block_size(100, [50, 50]) == 64  # 28 % padding
+        assert pick_moe_block_size(98, [49, 49]) == 16  # 64 pads 30.6 %, 32 as much
+        assert pick_moe_block_size(60, [30, 30, 0]) == 32
+        assert pick_moe_block_size(3, [1, 1, 1]) == 16
+
+    @pytest.mark.parametrize("block", [8, 16, 32, 48, 64])
+    def test_override(self, block):
+        assert pick_moe_block_size(5000, [1, 2], override=block, large_m=64) == block
+
+    def test_bad_sizes(self):
+        with pytest.raises(ValueError, match=r"\[pick_moe_block_size\] override: expected one of .* got 24"):
+            pick_moe_block_size(10, override=24)
+        with pytest.raises(ValueError, match=r"\[pick_moe_block_size\] large_m: expected one of .* got 7"):
+            pick_moe_block_size(10, large_m=7)
+
+
+@pytest.mark.parametrize(
+    "name, phases",
+    [
+        ("per_pair", {"gate_up", "activation", "down", "combine"}),
+        ("bucketed", {"plan", "gather", "gate_up", "activation", "down", "combine"}),
+        ("fused", {"fused"}),
+    ],
+)
+def test_profile_names_the_phases(name, phases, layouts):
+    args = inputs("random")
+    with profile() as times:
+        run_experts(name, *args, layouts["int4-full"])
+    assert {phase for phase, calls in times.calls.items() if calls} == phases
+    assert all(times.seconds[phase] > 0 for phase in phases)
+    assert all(phase in str(times) for phase in phases)
+    run_experts(name, *args, layouts["int4-full"])  # outside the block nothing is counted
+    calls = dict(times.calls)
+    assert calls == times.calls
