@@ -1,6 +1,30 @@
 """Ferrum's ops: `torch.ops.ferrum.*` and the functions that document them."""
 
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
+from ferrum_ops.ops.activation import silu_mul, silu_mul_out
 from ferrum_ops.ops.gptq import gptq_dequantize
+from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum
+from ferrum_ops.ops.moe_routing import moe_align_block_size, moe_build_pairs_by_token, route_topk_softmax
+from ferrum_ops.ops.norm import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
+from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope
 
-__all__ = ["CPU_ISA_LEVELS", "OPS", "backends", "cpu_isa", "gptq_dequantize", "use_cpu_isa"]
+__all__ = [
+    "CPU_ISA_LEVELS",
+    "OPS",
+    "backends",
+    "cpu_isa",
+    "fused_add_rms_norm",
+    "fused_add_rms_norm_",
+    "gptq_dequantize",
+    "moe_align_block_size",
+    "moe_build_pairs_by_token",
+    "moe_combine",
+    "qk_norm_rope",
+    "rms_norm",
+    "route_topk_softmax",
+    "silu_mul",
+    "silu_mul_out",
+    "split_qkv_norm_rope",
+    "use_cpu_isa",
+    "weighted_sum",
+]
