@@ -37,9 +37,7 @@ def check_bits(op: str, bits: int) -> None:
 def zero_offset_of(checkpoint_format: str) -> int:
     """1 for "gptq" (v1, stores `zero - 1`), 0 for "gptq_v2". Raises ValueError for any other format."""
     if checkpoint_format not in ZERO_OFFSETS:
-        raise ValueError(
-            f"[gptq] checkpoint_format: expected one of {list(ZERO_OFFSETS)}, got {checkpoint_format!r}"
-        )
+        raise ValueError(f"[gptq] checkpoint_format: expected one of {list(ZERO_OFFSETS)}, got {checkpoint_format!r}")
     return ZERO_OFFSETS[checkpoint_format]
 
 
@@ -88,9 +86,7 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     per_period, words = _period(bits)
     in_features = codes.shape[-2]
     if in_features % per_period:
-        raise ValueError(
-            f"[gptq] codes: expected rows in multiples of {per_period} for {bits} bits, got {in_features}"
-        )
+        raise ValueError(f"[gptq] codes: expected rows in multiples of {per_period} for {bits} bits, got {in_features}")
     if bits < 8 and codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"[gptq] codes: expected values below {2**bits}, got {int(codes.max())}")
     fields = codes.to(torch.int64).unflatten(-2, (in_features // per_period, per_period))
@@ -283,9 +279,7 @@ def packed_group_size(g_idx: torch.Tensor, in_features: int, group_size: int, mu
 
 def _check_groups(g_idx: torch.Tensor, in_features: int, group_size: int) -> int:
     if g_idx.shape != (in_features,) or g_idx.dtype != torch.int32:
-        raise ValueError(
-            f"[gptq] g_idx: expected int32 {(in_features,)}, got {g_idx.dtype} {tuple(g_idx.shape)}"
-        )
+        raise ValueError(f"[gptq] g_idx: expected int32 {(in_features,)}, got {g_idx.dtype} {tuple(g_idx.shape)}")
     groups = num_groups(in_features, group_size)
     check_g_idx("gptq", g_idx, groups)
     return groups

@@ -1,0 +1,229 @@
+"""The Marlin tile layout of GPTQ codes, scales and zero points. Pure torch, any device, exact inverses.
+
+K in-features (a multiple of 16), N out-features (a multiple of 64), b bits (4 or 8). Weights are cut into
+tiles of 16 rows and 16 columns, all tiles of 16 rows after one another; four neighbouring tiles are a 16 x 64
+unit that 32 lanes read with one load each. Lane i holds columns i//4 and i//4 + 8 of every tile of its unit,
+rows 2(i%4) + {0, 1, 8, 9}: the B fragment of `mma.m16n8k16`. The eight codes of a lane and tile follow each
+other, column i//4 first; inside a word they are reordered [0, 2, 4, 6, 1, 3, 5, 7] (four bits, one word) or
+[0, 2, 1, 3] (eight bits, two words), so that masking a word leaves a pair of neighbouring rows in its two
+halves. Codes are unsigned, as GPTQ stores them.
+
+Written as bits, row `8h + 2q + l` of its tile, column `8c' + c` of tile j of unit u lies at
+
+    [row tile, u, c, q, j, l, c', h]    4 bits (h varies fastest)
+    [row tile, u, c, q, j, c', l, h]    8 bits
+
+Source: the weight permutation of IST-DASLab/marlin; its 8-bit form is the `get_weight_perm(8)` of vLLM's
+gptq_marlin.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ferrum_ops.formats import gptq
+
+SUPPORTED_BITS = (4, 8)
+TILE_ROWS = 16
+UNIT_COLUMNS = 64
+
+# Axes of codes seen as [row tile, h, q, l, u, j, c', c], in the order of the packed layout.
+_PACKED_ORDER = {4: (0, 4, 7, 2, 5, 3, 6, 1), 8: (0, 4, 7, 2, 5, 6, 3, 1)}
+
+
+def check_sizes(op: str, packed_rows: int, out_features: int, bits: int) -> None:
+    """Raise ValueError for bits or sizes the layout does not have."""
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"[{op}] bits: expected one of {SUPPORTED_BITS}, got {bits}")
+    if packed_rows % TILE_ROWS:
+        raise ValueError(f"[{op}] in_features: expected a multiple of {TILE_ROWS} rows, got {packed_rows}")
+    if out_features % UNIT_COLUMNS:
+        raise ValueError(f"[{op}] out_features: expected a multiple of {UNIT_COLUMNS}, got {out_features}")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def check_words(op: str, name: str, words: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless `words` is int32 of `shape`, alone or one per expert."""
+    if words.dtype != torch.int32 or words.dim() not in (2, 3) or words.shape[-2:] != shape:
+        expected = f"int32 {shape} or (E, {shape[0]}, {shape[1]})"
+        raise ValueError(f"[{op}] {name}: expected {expected}, got {_describe(words)}")
+
+
+def check_perm(op: str, perm: torch.Tensor | None, experts: tuple[int, ...]) -> None:
+    """Raise ValueError unless `perm` is int32 `[*experts, packed rows]`."""
+    if perm is not None and (perm.dtype != torch.int32 or perm.shape[:-1] != experts or perm.dim() == 0):
+        shape = ", ".join((*map(str, experts), "rows"))
+        raise ValueError(f"[{op}] perm: expected int32 ({shape}), got {_describe(perm)}")
+
+
+def check_perm_values(op: str, perm: torch.Tensor, in_features: int) -> None:
+    """Raise ValueError unless every row of `[0, in_features)` occurs once, besides -1. Reads the values."""
+    rows = perm.reshape(-1, perm.shape[-1]).sort(-1).values
+    first = perm.shape[-1] - in_features
+    expected = torch.arange(in_features, device=perm.device, dtype=perm.dtype)
+    if first < 0 or not (rows[:, :first] == -1).all() or not (rows[:, first:] == expected).all():
+        raise ValueError(
+            f"[{op}] perm: expected every row of [0, {in_features}) once and -1 for padding, "
+            f"got other values in {tuple(perm.shape)}"
+        )
+
+
+def _row_index(perm: torch.Tensor, per_expert: int) -> torch.Tensor:
+    """`perm` of a stack as indices into its rows flattened, `[experts * packed rows]`."""
+    experts = perm.shape[:-1].numel()
+    start = torch.arange(experts, device=perm.device).unsqueeze(-1) * per_expert
+    return (perm.long().view(experts, perm.shape[-1]) + start).flatten()
+
+
+def _tile(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 `[..., K, N]` -> the same codes in packed order, `[..., K/16, 16N]`."""
+    lead = codes.shape[:-2]
+    row_tiles, units = codes.shape[-2] // TILE_ROWS, codes.shape[-1] // UNIT_COLUMNS
+    axes = codes.reshape(lead.numel(), row_tiles, 2, 4, 2, units, 4, 2, 8)
+    order = (0, *(1 + a for a in _PACKED_ORDER[bits]))
+    return axes.permute(order).reshape(*lead, row_tiles, units * 1024)
+
+
+def _untile(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `_tile`."""
+    lead = codes.shape[:-2]
+    row_tiles, units = codes.shape[-2], codes.shape[-1] // 1024
+    order = (0, *(1 + a for a in _PACKED_ORDER[bits]))
+    sizes = (2, 4, 2, units, 4, 2, 8)
+    packed_sizes = [(row_tiles, *sizes)[a] for a in _PACKED_ORDER[bits]]
+    inverse = [order.index(a) for a in range(len(order))]
+    axes = codes.reshape(lead.numel(), *packed_sizes).permute(inverse)
+    return axes.reshape(*lead, row_tiles * TILE_ROWS, units * UNIT_COLUMNS)
+
+
+def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes along the last dimension to little-endian words."""
+    bytes_ = codes[..., 0::2] | codes[..., 1::2] << 4 if bits == 4 else codes
+    # Flat, because torch does not view an empty tensor of several dimensions as another dtype.
+    return bytes_.flatten().view(torch.int32).view(*codes.shape[:-1], codes.shape[-1] * bits // 32)
+
+
+def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    bytes_ = words.flatten().view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * 4)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2) if bits == 4 else bytes_
+
+
+def repack(
+    qweight: torch.Tensor,
+    perm: torch.Tensor | None,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    op: str = "marlin_repack",
+) -> torch.Tensor:
+    """GPTQ words `int32 [..., K*bits/32, N]` to Marlin words `int32 [..., packed rows/16, N*bits/2]`.
+
+    Packed row j is row `perm[j]` (j without a perm); a -1 in perm is a padding row of codes `2**(bits - 1)`,
+    the zero point of symmetric weights. Raises ValueError for what does not fit; on a device the values of
+    perm are not looked at, and one outside `[0, in_features)` makes a padding row.
+    """
+    packed_rows = in_features if perm is None else perm.shape[-1]
+    check_sizes(op, packed_rows, out_features, bits)
+    if in_features * bits % 32:
+        raise ValueError(f"[{op}] in_features: expected a multiple of {32 // bits}, got {in_features}")
+    check_words(op, "qweight", qweight, (in_features * bits // 32, out_features))
+    check_perm(op, perm, qweight.shape[:-2])
+    codes, experts = gptq.unpack_rows(qweight, bits), qweight.shape[:-2].numel()
+    if perm is not None:
+        if perm.device.type == "cpu":
+            check_perm_values(op, perm, in_features)
+        padding = (perm < 0) | (perm >= in_features)
+        index = _row_index(perm.clamp(0, max(in_features - 1, 0)), in_features)
+        rows = codes.reshape(experts * in_features, out_features)
+        rows = rows[index] if in_features else rows.new_empty(index.numel(), out_features)
+        codes = rows.view(*perm.shape, out_features).masked_fill(padding.unsqueeze(-1), 2 ** (bits - 1))
+    return _to_words(_tile(codes, bits), bits)
+
+
+def unpack(
+    packed: torch.Tensor,
+    perm: torch.Tensor | None,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    op: str = "marlin_unpack",
+) -> torch.Tensor:
+    """Inverse of `repack`: the GPTQ words `int32 [..., K*bits/32, N]`, rows in their old order and
+    without padding rows."""
+    packed_rows = in_features if perm is None else perm.shape[-1]
+    check_sizes(op, packed_rows, out_features, bits)
+    check_words(op, "packed", packed, (packed_rows // TILE_ROWS, out_features * bits // 2))
+    check_perm(op, perm, packed.shape[:-2])
+    codes, experts = _untile(_from_words(packed, bits), bits), packed.shape[:-2].numel()
+    if perm is not None:
+        if perm.device.type == "cpu":
+            check_perm_values(op, perm, in_features)
+        # One row more per expert takes the padding.
+        inside = (perm >= 0) & (perm < in_features)
+        index = _row_index(torch.where(inside, perm, in_features), in_features + 1)
+        rows = codes.new_zeros(experts * (in_features + 1), out_features)
+        rows[index] = codes.reshape(experts * packed_rows, out_features)
+        codes = rows.view(*perm.shape[:-1], in_features + 1, out_features)[..., :in_features, :]
+    return gptq.pack_rows(codes, bits)
+
+
+def _scale_axes(
+    op: str, scales: torch.Tensor, in_features: int, group_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How a run of scales is seen as axes, and their order in the packed run.
+
+    With several groups a run of 64 is an 8 x 8 transpose: a lane reads the scales of its 8 columns of a unit
+    at once. With one group the scales are applied to the accumulators, whose lanes hold columns
+    2(i%4) + {0, 1} of every 8: runs of 32.
+    """
+    groups = gptq.num_groups(in_features, group_size)
+    if scales.dim() not in (2, 3) or scales.shape[-2] != groups or not scales.is_floating_point():
+        expected = f"floating ({groups}, N) or (E, {groups}, N)"
+        raise ValueError(f"[{op}] scales: expected {expected}, got {_describe(scales)}")
+    if scales.shape[-1] % UNIT_COLUMNS:
+        raise ValueError(f"[{op}] scales: expected N in multiples of {UNIT_COLUMNS}, got {_describe(scales)}")
+    return ((8, 8), (1, 0)) if groups > 1 else ((4, 4, 2), (1, 0, 2))
+
+
+def _permute_runs(values: torch.Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
+    # The copy is explicit: a reshape of an empty tensor would hand out the input itself.
+    runs = values.unflatten(-1, (-1, *sizes) if values.shape[-1] else (0, *sizes))
+    lead = runs.dim() - len(sizes)
+    axes = (*range(lead), *(lead + a for a in order))
+    return runs.permute(axes).clone(memory_format=torch.contiguous_format).view(values.shape)
+
+
+def permute_scales(
+    scales: torch.Tensor, in_features: int, group_size: int, op: str = "marlin_permute_scales"
+) -> torch.Tensor:
+    """Scales `[..., G, N]` in the order Marlin's lanes read them; which order depends on whether G is 1."""
+    return _permute_runs(scales, *_scale_axes(op, scales, in_features, group_size))
+
+
+def unpermute_scales(
+    scales: torch.Tensor, in_features: int, group_size: int, op: str = "marlin_unpermute_scales"
+) -> torch.Tensor:
+    """Inverse of `permute_scales`."""
+    sizes, order = _scale_axes(op, scales, in_features, group_size)
+    inverse = tuple(order.index(a) for a in range(len(order)))
+    return _permute_runs(scales, tuple(sizes[a] for a in order), inverse)
+
+
+def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Zero points `uint8 [..., G, N]` to Marlin's `int32 [..., G, N*bits/32]`: in the order of
+    grouped scales (for any G), then in the order of codes in a word."""
+    check_sizes("marlin", 0, zeros.shape[-1], bits)
+    permuted = _permute_runs(zeros, (8, 8), (1, 0))
+    pairs = _permute_runs(permuted, (4, 2) if bits == 4 else (2, 2), (1, 0))
+    return _to_words(pairs, bits)
+
+
+def unpack_zeros(qzeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `pack_zeros`."""
+    check_sizes("marlin", 0, qzeros.shape[-1] * 32 // bits, bits)
+    pairs = _from_words(qzeros, bits)
+    permuted = _permute_runs(pairs, (2, 4) if bits == 4 else (2, 2), (1, 0))
+    return _permute_runs(permuted, (8, 8), (1, 0))
