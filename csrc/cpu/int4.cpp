@@ -1,0 +1,157 @@
+// int4_linear on the CPU: checks, preparation of the activations, and the split of the work over the threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/int4_args.h"
+
+namespace ferrum::cpu {
+namespace {
+
+constexpr const char* kOp = "int4_linear";
+
+struct Linear {
+  const Int4Kernels& kernels;
+  Int4Weights weights;
+  ActivationLayout layout;
+  FloatType type;
+  int64_t rows, in_features, out_features;
+  const char* x;
+  const int32_t* perm;
+  const float* bias;  // fp32 or nullptr
+  char* out;
+};
+
+// Converts and, for int8, quantises every row. Returns false for a bad entry of perm.
+bool prepare_rows(const Linear& p, const ActivationBuffer& activations) {
+  std::atomic<bool> valid{true};
+  const int64_t rows_per_task = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.layout.packed_rows));
+  torch::stable::parallel_for(0, p.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+    Scratch<float> staging(p.in_features + p.layout.packed_rows);
+    float* row = staging.get();
+    for (int64_t r = begin; r < end; ++r) {
+      p.kernels.to_float(p.x + r * p.in_features * float_bytes(p.type), p.type, p.in_features, row);
+      if (!activations.fill(p.kernels, r, row, p.in_features, p.perm, row + p.in_features)) {
+        valid = false;
+      }
+    }
+  });
+  return valid;
+}
+
+void add_bias(const float* bias, int64_t rows, int64_t columns, float* panel) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      panel[r * kPanelColumns + c] += bias[c];
+    }
+  }
+}
+
+// One task is one panel of 64 columns for one block of rows; the rows' activations stay in the second-level cache while
+// the panels pass by.
+void multiply(const Linear& p, const ActivationRows& activations) {
+  const TileKernel tiles_kernel = p.layout.int8 ? p.kernels.int8_tiles : p.kernels.full_tiles;
+  const int64_t tiles = int4::ceil_div(p.out_features, int4::kTileColumns);
+  const int64_t panels = int4::ceil_div(tiles, kPanelTiles);
+  const int64_t tasks = panels * int4::ceil_div(p.rows, kRowBlock);
+  const int64_t element = float_bytes(p.type);
+  // A task smaller than about 10 us is not worth waking a thread for.
+  const int64_t work = std::min(p.rows, kRowBlock) * p.weights.lines;
+  const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float panel[kRowBlock * kPanelColumns];
+    int32_t row_ids[kRowBlock];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_row = task / panels * kRowBlock;
+      const int64_t rows = std::min(kRowBlock, p.rows - first_row);
+      const int64_t tile = task % panels * kPanelTiles;
+      const int64_t column = tile * int4::kTileColumns;
+      const int64_t columns = std::min(kPanelColumns, p.out_features - column);
+      for (int64_t r = 0; r < rows; ++r) {
+        row_ids[r] = static_cast<int32_t>(first_row + r);
+      }
+      tiles_kernel(p.weights, tile, 1, std::min(kPanelTiles, tiles - tile), activations, row_ids, rows, panel);
+      if (p.bias) {
+        add_bias(p.bias + column, rows, columns, panel);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        char* out = p.out + ((first_row + r) * p.out_features + column) * element;
+        p.kernels.from_float(panel + r * kPanelColumns, columns, p.type, out);
+      }
+    }
+  });
+}
+
+void check_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                  const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
+                  int64_t group_size) {
+  check_activation(kOp, "x", x);
+  FERRUM_CHECK(x.dim() >= 1, kOp, "x", "expected at least 1 dimension, got 0");
+  check_contiguous(kOp, "x", x);
+  check_group_size(kOp, "group_size", group_size);
+  FERRUM_CHECK(out_features >= 1, kOp, "out_features", "expected at least 1, got ", out_features);
+  const int64_t in_features = x.size(x.dim() - 1);
+  FERRUM_CHECK(in_features >= 1, kOp, "x", "expected at least 1 input channel, got shape ", shape_string(x));
+  int64_t packed_rows = int4::round_up(in_features, int4::kLineRows);
+  if (perm) {
+    check_dtype(kOp, "perm", *perm, ScalarType::Int);
+    FERRUM_CHECK(perm->dim() == 1 && perm->size(0) >= 1 && perm->size(0) % int4::kLineRows == 0, kOp, "perm",
+                 "expected shape (K_packed), a multiple of 8, got ", shape_string(*perm));
+    check_contiguous(kOp, "perm", *perm);
+    packed_rows = perm->size(0);
+  }
+  check_packed({kOp, "packed", "scales", "zeros"}, packed, scales, zeros, -1,
+               int4::ceil_div(out_features, int4::kTileColumns), packed_rows / int4::kLineRows, group_size);
+  if (bias) {
+    check_activation(kOp, "bias", *bias);
+    check_shape(kOp, "bias", *bias, {out_features});
+    check_contiguous(kOp, "bias", *bias);
+  }
+}
+
+Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
+                   std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
+                   std::string activation) {
+  const bool int8 = check_int8_activation(kOp, activation);
+  check_linear(x, packed, scales, zeros, perm, bias, out_features, group_size);
+  const int64_t in_features = x.size(x.dim() - 1);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  Tensor out = torch::stable::new_empty(x, shape);
+  const int64_t rows = x.numel() / in_features;
+  if (rows == 0) {
+    return out;
+  }
+  const Int4Kernels& kernels = int4_kernels();
+  Scratch<float> bias_values(bias ? out_features : 0);
+  if (bias) {
+    kernels.to_float(bias->const_data_ptr(), float_type(*bias), out_features, bias_values.get());
+  }
+  const int64_t lines = packed.size(1);
+  const Linear problem{kernels,
+                       packed_weights(packed, scales, zeros, 0, packed.size(0), lines, group_size),
+                       {int8, lines * int4::kLineRows, group_size},
+                       float_type(x),
+                       rows,
+                       in_features,
+                       out_features,
+                       data<char>(x),
+                       perm ? data<int32_t>(*perm) : nullptr,
+                       bias_values.get(),
+                       mutable_data<char>(out)};
+  const ActivationBuffer activations(problem.layout, rows);
+  const bool valid = prepare_rows(problem, activations);
+  FERRUM_CHECK(valid, kOp, "perm", "expected entries from -1 to ", in_features - 1, ", got one outside");
+  multiply(problem, activations.view());
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) { m.impl("int4_linear", TORCH_BOX(&int4_linear)); }
+
+}  // namespace
+}  // namespace ferrum::cpu

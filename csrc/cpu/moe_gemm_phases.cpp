@@ -1,0 +1,234 @@
+#include "cpu/moe_gemm_phases.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace ferrum::cpu {
+namespace {
+
+// (token, slot) pairs sorted by expert, in the order of the tokens inside one expert. Skipped pairs have no row.
+struct Routing {
+  std::vector<int32_t> active;     // experts that have rows, ascending
+  std::vector<int32_t> offsets;    // rows of active[a]: [offsets[a], offsets[a + 1])
+  std::vector<int32_t> token;      // of each row
+  std::vector<int32_t> expert;     // of each row
+  std::vector<int32_t> identity;   // 0, 1, 2, ...: the row ids of buffers that are in this order themselves
+  std::vector<int32_t> row_of;     // of each pair, -1 for a skipped one
+
+  int64_t rows() const { return static_cast<int64_t>(token.size()); }
+
+  Routing(const TokenChunk& chunk, int64_t experts, int64_t top_k) : row_of(chunk.tokens * top_k, -1) {
+    std::vector<int32_t> next(experts + 1, 0);
+    const int64_t pairs = chunk.tokens * top_k;
+    for (int64_t p = 0; p < pairs; ++p) {
+      if (chunk.ids[p] >= 0 && chunk.ids[p] < experts) {
+        ++next[chunk.ids[p] + 1];
+      }
+    }
+    offsets.push_back(0);
+    for (int64_t e = 0; e < experts; ++e) {
+      if (next[e + 1] > 0) {
+        active.push_back(static_cast<int32_t>(e));
+        offsets.push_back(offsets.back() + next[e + 1]);
+      }
+      next[e + 1] += next[e];
+    }
+    token.resize(next[experts]);
+    expert.resize(next[experts]);
+    identity.resize(next[experts]);
+    for (int64_t p = 0; p < pairs; ++p) {
+      const int32_t e = chunk.ids[p];
+      if (e >= 0 && e < experts) {
+        const int32_t row = next[e]++;
+        token[row] = static_cast<int32_t>(p / top_k);
+        expert[row] = e;
+        identity[row] = row;
+        row_of[p] = row;
+      }
+    }
+  }
+};
+
+// Runs f(thread, task) for every task. Threads take runs of consecutive tasks as they become free, so that neither a
+// busy core nor an expert with many rows is waited for. `bytes` is the memory the phase reads: little work stays on one
+// thread.
+template <typename F>
+void for_each_task(int64_t tasks, int64_t run, int64_t bytes, int64_t threads, const F& f) {
+  constexpr int64_t kBytesPerThread = 64 * 1024;
+  const int64_t wanted = std::min({threads, int4::ceil_div(tasks, run), std::max<int64_t>(1, bytes / kBytesPerThread)});
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
+    for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run)) {
+      for (int64_t task = first; task < std::min(first + run, tasks); ++task) {
+        f(begin, task);
+      }
+    }
+  });
+}
+
+// The prepared inputs of the gate/up product: by token when all experts share the channel order, else by row, once per
+// part of the permutation.
+struct GateUpInputs {
+  ActivationBuffer parts[2];
+  const int32_t* row_ids = nullptr;
+  bool valid = true;
+};
+
+GateUpInputs prepare_hidden(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing,
+                            int64_t threads) {
+  const ExpertMatrices& w13 = block.w13;
+  const ActivationLayout layout{block.int8, w13.packed_rows(), w13.group_size};
+  const int64_t width = block.hidden_size;
+  const bool by_row = w13.perm != nullptr;
+  const int64_t rows = by_row ? routing.rows() : chunk.tokens;
+  GateUpInputs inputs;
+  for (int64_t part = 0; part < w13.perm_parts; ++part) {
+    inputs.parts[part] = ActivationBuffer(layout, rows);
+  }
+  inputs.row_ids = by_row ? routing.identity.data() : routing.token.data();
+  const int64_t row_bytes = width * 4;
+  const Scratch<float> staging(threads * (width + layout.packed_rows));
+  std::atomic<bool> valid{true};
+  for_each_task(rows, 4, rows * row_bytes, threads, [&](int64_t thread, int64_t row) {
+    float* values = staging.get() + thread * (width + layout.packed_rows);
+    const int64_t token = by_row ? routing.token[row] : row;
+    block.kernels.to_float(chunk.hidden + token * width * (block.type == FloatType::f32 ? 4 : 2), block.type, width,
+                           values);
+    for (int64_t part = 0; part < w13.perm_parts; ++part) {
+      const int32_t* perm = by_row ? w13.perm_of(routing.expert[row], part) : nullptr;
+      if (!inputs.parts[part].fill(block.kernels, row, values, width, perm, values + width)) {
+        valid = false;
+      }
+    }
+  });
+  inputs.valid = valid;
+  return inputs;
+}
+
+// activated[row] = silu(gate) * up. One task is two tile pairs of one expert, for all its rows.
+void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInputs& inputs, int64_t threads,
+             const Scratch<float>& activated) {
+  const ExpertMatrices& w13 = block.w13;
+  const TileKernel tiles_kernel = block.int8 ? block.kernels.int8_tiles : block.kernels.full_tiles;
+  const int64_t width = w13.tiles / 2 * int4::kTileColumns;
+  const int64_t panels = int4::ceil_div(w13.tiles, kPanelTiles);
+  const int64_t tasks = static_cast<int64_t>(routing.active.size()) * panels;
+  const int64_t bytes = tasks * kPanelTiles * w13.first.lines * int4::kLineBytes;
+  const int64_t run = std::max<int64_t>(1, tasks / (threads * 16));
+  const ActivationRows parts[2] = {inputs.parts[0].view(), inputs.parts[w13.perm_parts - 1].view()};
+  for_each_task(tasks, run, bytes, threads, [&](int64_t, int64_t task) {
+    alignas(64) float panel[kRowBlock * kPanelColumns];
+    const int64_t a = task / panels;
+    const int64_t tile = task % panels * kPanelTiles;
+    const int64_t tiles = std::min(kPanelTiles, w13.tiles - tile);
+    const Int4Weights weights = w13.expert(routing.active[a]);
+    for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
+      const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
+      const int32_t* row_ids = inputs.row_ids + row;
+      if (w13.perm_parts == 1) {
+        tiles_kernel(weights, tile, 1, tiles, parts[0], row_ids, rows, panel);
+      } else {
+        tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, panel);
+        tiles_kernel(weights, tile + 1, 2, tiles / 2, parts[1], row_ids, rows, panel + int4::kTileColumns);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        block.kernels.silu_mul_tiles(panel + r * kPanelColumns, tiles / 2,
+                                     activated.get() + (row + r) * width + tile / 2 * int4::kTileColumns);
+      }
+    }
+  });
+}
+
+// Prepares the rows of `activated` for the down product. Returns false for a bad entry of the permutation.
+bool prepare_activated(const ExpertBlock& block, const Routing& routing, const Scratch<float>& activated,
+                       int64_t threads, const ActivationBuffer& inputs) {
+  const ExpertMatrices& w2 = block.w2;
+  const int64_t width = block.w13.tiles / 2 * int4::kTileColumns;
+  const Scratch<float> staging(threads * w2.packed_rows());
+  std::atomic<bool> valid{true};
+  for_each_task(routing.rows(), 4, routing.rows() * width * 4, threads, [&](int64_t thread, int64_t row) {
+    const int32_t* perm = w2.perm_of(routing.expert[row], 0);
+    if (!inputs.fill(block.kernels, row, activated.get() + row * width, block.intermediate_size, perm,
+                     staging.get() + thread * w2.packed_rows())) {
+      valid = false;
+    }
+  });
+  return valid;
+}
+
+// out[t] over 64 columns, from the down product's rows of those columns.
+void combine_panel(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing, const float* products,
+                   int64_t column) {
+  const int64_t columns = std::min(kPanelColumns, block.hidden_size - column);
+  const int64_t element = block.type == FloatType::f32 ? 4 : 2;
+  for (int64_t t = 0; t < chunk.tokens; ++t) {
+    alignas(64) float sum[kPanelColumns] = {};
+    for (int64_t pair = t * block.top_k; pair < (t + 1) * block.top_k; ++pair) {
+      if (routing.row_of[pair] >= 0) {
+        block.kernels.add_scaled(products + routing.row_of[pair] * kPanelColumns, chunk.weights[pair], columns, sum);
+      }
+    }
+    block.kernels.from_float(sum, columns, block.type, chunk.out + (t * block.hidden_size + column) * element);
+  }
+}
+
+// The down product and the weighted sum over the slots. One task is a run of panels for all experts: the products of a
+// panel never leave the core's cache, and no thread waits for another before the sum.
+void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing,
+                      const ActivationRows& inputs, int64_t threads) {
+  const ExpertMatrices& w2 = block.w2;
+  const TileKernel tiles_kernel = block.int8 ? block.kernels.int8_tiles : block.kernels.full_tiles;
+  const int64_t panels = int4::ceil_div(w2.tiles, kPanelTiles);
+  const int64_t active = static_cast<int64_t>(routing.active.size());
+  // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
+  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
+  const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
+  const int64_t tasks = int4::ceil_div(panels, run);
+  const int64_t bytes = active * w2.tiles * w2.first.lines * int4::kLineBytes;
+  const int64_t panel_floats = routing.rows() * kPanelColumns;
+  const Scratch<float> products(threads * run * panel_floats);
+  for_each_task(tasks, 1, bytes, threads, [&](int64_t thread, int64_t task) {
+    float* mine = products.get() + thread * run * panel_floats;
+    const int64_t first = task * run;
+    const int64_t last = std::min(first + run, panels);
+    for (int64_t a = 0; a < active; ++a) {
+      const Int4Weights weights = w2.expert(routing.active[a]);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t tile = p * kPanelTiles;
+        for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
+          const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
+          tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs,
+                       routing.identity.data() + row, rows, mine + (p - first) * panel_floats + row * kPanelColumns);
+        }
+      }
+    }
+    for (int64_t p = first; p < last; ++p) {
+      combine_panel(block, chunk, routing, mine + (p - first) * panel_floats, p * kPanelColumns);
+    }
+  });
+}
+
+}  // namespace
+
+PermStatus run_expert_block(const ExpertBlock& block, const TokenChunk& chunk) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const Routing routing(chunk, block.experts, block.top_k);
+  const GateUpInputs hidden = prepare_hidden(block, chunk, routing, threads);
+  if (!hidden.valid) {
+    return PermStatus::bad_w13;
+  }
+  const Scratch<float> activated(routing.rows() * (block.w13.tiles / 2) * int4::kTileColumns);
+  gate_up(block, routing, hidden, threads, activated);
+  const ActivationLayout layout{block.int8, block.w2.packed_rows(), block.w2.group_size};
+  const ActivationBuffer inputs(layout, routing.rows());
+  if (!prepare_activated(block, routing, activated, threads, inputs)) {
+    return PermStatus::bad_w2;
+  }
+  down_and_combine(block, chunk, routing, inputs.view(), threads);
+  return PermStatus::ok;
+}
+
+}  // namespace ferrum::cpu

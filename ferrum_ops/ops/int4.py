@@ -1,0 +1,256 @@
+"""Linear layers over int4 weights in the CPU layout ("int4_cpu", see `ferrum_ops.formats.int4`).
+
+T rows, K in-features, N out-features, G groups, K_packed packed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ferrum_ops._library import refuse_grad, register
+from ferrum_ops.formats import gptq
+from ferrum_ops.formats import int4 as layout
+
+ACTIVATIONS = ("int8", "full")
+
+
+def int4_pack(qweight: torch.Tensor, perm: torch.Tensor | None, in_features: int) -> torch.Tensor:
+    """Repack a 4-bit GPTQ matrix for CPU vectors.
+
+    qweight int32 `[ceil(K/8), N]`, nibble i of word row r being input channel 8r + i. perm int32 `[K_packed]` (a
+    multiple of 8) holds the input channel of every packed row, -1 for padding; None keeps the order, K_packed being K
+    rounded up to 8.
+
+    Returns uint8 `[N_pad/16, K_packed/8, 64]`. Raises RuntimeError for other dtypes or shapes, and for an entry of
+    perm outside `[-1, K)`.
+    """
+    return torch.ops.ferrum.int4_pack(qweight, perm, in_features)
+
+
+def int4_unpack(packed: torch.Tensor, perm: torch.Tensor | None, in_features: int, out_features: int) -> torch.Tensor:
+    """Exact inverse of `int4_pack`: qweight int32 `[ceil(K/8), N]`. Channels that perm does not name are 0.
+
+    Raises RuntimeError like `int4_pack`.
+    """
+    return torch.ops.ferrum.int4_unpack(packed, perm, in_features, out_features)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """`x @ w + bias` with int4 weights.
+
+    x float32, float16 or bfloat16 `[..., K]`, contiguous; packed uint8 `[N_pad/16, K_packed/8, 64]`; scales float16 and
+    zeros uint8 `[N_pad/16, G, 16]` with G = ceil(K_packed / group_size); perm int32 `[K_packed]`; bias `[N]` of any
+    floating dtype. group_size is a multiple of 8 from 8 to 128; the last group may be shorter.
+
+    activation "int8": each row and group of x is rounded to symmetric int8 (scale max|x| / 127, to nearest even), the
+    products inside a group are exact integers, and groups are added in ascending order in fp32. The result has the
+    same bits on every instruction level, for any number of threads and whatever else is in the batch. NaN or infinity
+    in a row of x makes its row of the result NaN.
+    activation "full": x is kept in fp32 and fp32 sums are taken; the same bits for any number of threads and batch.
+
+    Returns `[..., N]` of x's dtype. Raises RuntimeError naming the argument for anything else, and when an input
+    requires grad.
+    """
+    refuse_grad("int4_linear", x, bias)
+    return torch.ops.ferrum.int4_linear(x, packed, scales, zeros, perm, bias, out_features, group_size, activation)
+
+
+def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 per group of the last dimension: codes float32 `[..., G, group_size]`, scales float32 `[..., G]`.
+
+    The kernels' formula: scale = max|x| / 127, code = rint(x * (127 / max|x|)). A group below 2^-100 counts as zero;
+    one with NaN or infinity has codes 0 and scale NaN. Always in float32, because rounding decides the codes.
+    """
+    grouped = F.pad(x.float(), (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    largest = grouped.abs().amax(-1)
+    finite = torch.isfinite(grouped).all(-1)
+    used = finite & (largest >= 2.0**-100)
+    safe = torch.where(used, largest, 1.0)
+    codes = torch.where(used[..., None], torch.round(grouped * (127.0 / safe)[..., None]), 0.0)
+    scales = torch.where(used, safe / 127.0, torch.where(finite, 0.0, torch.nan))
+    return codes, scales
+
+
+def gather_channels(x: torch.Tensor, perm: torch.Tensor | None, packed_rows: int) -> torch.Tensor:
+    """x `[..., K]` in the order of the packed rows, `[..., K_packed]`; padding rows are 0."""
+    if perm is None:
+        return F.pad(x, (0, packed_rows - x.shape[-1]))
+    return torch.where(perm >= 0, x[..., perm.clamp_min(0).long()], 0)
+
+
+def multiply_packed(
+    x: torch.Tensor,  # [M, K_packed] in the order of the packed rows, float32 or float64
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """`[M, N_pad]` in x's dtype: group by group as the kernels add them, which in float32 gives int8's very bits."""
+    columns = packed.shape[0] * layout.TILE_COLUMNS
+    rows = packed.shape[1] * layout.LINE_ROWS
+    codes = layout.unpack_codes(packed, columns).to(x.dtype)
+    weight_scales = layout.unpack_groups(scales, columns).to(x.dtype)
+    zero = None if zeros is None else layout.unpack_groups(zeros, columns).to(x.dtype)
+    if activation == "int8":
+        activations, activation_scales = (t.to(x.dtype) for t in quantize_activations(x, group_size))
+    out = x.new_zeros(x.shape[0], columns)
+    for g in range(scales.shape[1]):
+        part = slice(g * group_size, min((g + 1) * group_size, rows))
+        weights = codes[part] - (layout.SYMMETRIC_ZERO if zero is None else zero[g])
+        if activation == "int8":
+            dot = activations[:, g, : weights.shape[0]] @ weights
+            out = out + dot * (weight_scales[g] * activation_scales[:, g, None])
+        else:
+            out = out + (x[:, part] @ weights) * weight_scales[g]
+    return out
+
+
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f'[{op}] activation: expected "int8" or "full", got "{activation}"')
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def int4_pack_ref(qweight: torch.Tensor, perm: torch.Tensor | None, in_features: int) -> torch.Tensor:
+    return layout.pack(qweight, perm, in_features)
+
+
+def int4_unpack_ref(
+    packed: torch.Tensor, perm: torch.Tensor | None, in_features: int, out_features: int
+) -> torch.Tensor:
+    return layout.unpack(packed, perm, in_features, out_features)
+
+
+def int4_linear_ref(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    check_activation("int4_linear", activation)
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    rows = gather_channels(rows, perm, packed.shape[1] * layout.LINE_ROWS)
+    out = multiply_packed(rows, packed, scales, zeros, group_size, activation)[:, :out_features]
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def int4_pack_fake(qweight: torch.Tensor, perm: torch.Tensor | None, in_features: int) -> torch.Tensor:
+    tiles = -(-qweight.shape[1] // layout.TILE_COLUMNS)
+    lines = layout.packed_rows(perm, in_features) // layout.LINE_ROWS
+    return qweight.new_empty(tiles, lines, layout.LINE_BYTES, dtype=torch.uint8)
+
+
+def int4_unpack_fake(
+    packed: torch.Tensor, perm: torch.Tensor | None, in_features: int, out_features: int
+) -> torch.Tensor:
+    return packed.new_empty(-(-in_features // layout.LINE_ROWS), out_features, dtype=torch.int32)
+
+
+def int4_linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def random_matrix(
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    *,
+    asymmetric: bool = False,
+    act_order: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Random `(packed, scales, zeros, perm)` for tests and benchmarks; the extreme zero points 0 and 16 occur."""
+    g = torch.Generator().manual_seed(seed)
+    perm = None
+    if act_order:
+        groups = (torch.arange(in_features) // group_size).to(torch.int32)
+        perm = gptq.sort_groups(groups[torch.randperm(in_features, generator=g)], in_features, group_size)
+    rows = layout.packed_rows(perm, in_features)
+    words = -(-in_features // layout.LINE_ROWS)
+    qweight = torch.randint(-(2**31), 2**31, (words, out_features), generator=g).to(torch.int32)
+    shape = (-(-rows // group_size), out_features)
+    scales = torch.rand(shape, generator=g) * 0.02 + 0.005
+    zeros = torch.randint(0, 17, shape, generator=g) if asymmetric else None
+    packed = layout.pack(qweight, perm, in_features)
+    packed_zeros = None if zeros is None else layout.pack_groups(zeros.to(torch.uint8)).to(device)
+    packed_perm = None if perm is None else perm.to(device)
+    return packed.to(device), layout.pack_groups(scales.half()).to(device), packed_zeros, packed_perm
+
+
+#: (K, N, group size, asymmetric, act-order): odd widths, short last groups, the smallest and the largest group.
+SHAPES = (
+    (256, 48, 128, False, False),
+    (200, 40, 64, True, False),
+    (72, 17, 8, True, True),
+    (136, 80, 32, False, True),
+    (50, 5, 16, False, False),
+)
+
+
+def int4_pack_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    g = torch.Generator().manual_seed(0)
+    for in_features, out_features, group_size, _, act_order in SHAPES:
+        words = torch.randint(-(2**31), 2**31, (-(-in_features // 8), out_features), generator=g)
+        perm = random_matrix(in_features, out_features, group_size, act_order=act_order, device=device)[3]
+        yield words.to(torch.int32).to(device), perm, in_features
+
+
+def int4_unpack_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for in_features, out_features, group_size, _, act_order in SHAPES:
+        packed, _, _, perm = random_matrix(in_features, out_features, group_size, act_order=act_order, device=device)
+        yield packed, perm, in_features, out_features
+
+
+def int4_linear_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    g = torch.Generator().manual_seed(0)
+    for rows, (in_features, out_features, group_size, asymmetric, act_order) in zip(
+        ((1,), (3,), (7,), (2, 5), (0,)), SHAPES
+    ):
+        for activation in ACTIVATIONS:
+            x = torch.randn(*rows, in_features, generator=g).to(device, dtype)
+            packed, scales, zeros, perm = random_matrix(
+                in_features, out_features, group_size, asymmetric=asymmetric, act_order=act_order, device=device
+            )
+            bias = torch.randn(out_features, generator=g).to(device, dtype) if asymmetric else None
+            yield x, packed, scales, zeros, perm, bias, out_features, group_size, activation
+
+
+register("int4_pack", ref=int4_pack_ref, fake=int4_pack_fake, inputs=int4_pack_inputs)
+register("int4_unpack", ref=int4_unpack_ref, fake=int4_unpack_fake, inputs=int4_unpack_inputs)
+register("int4_linear", ref=int4_linear_ref, fake=int4_linear_fake, inputs=int4_linear_inputs)
