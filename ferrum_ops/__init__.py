@@ -3,7 +3,10 @@
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
 from ferrum_ops.ops.activation import silu_mul, silu_mul_out
 from ferrum_ops.ops.gptq import gptq_dequantize
+from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
+from ferrum_ops.ops.marlin import marlin_permute_scales, marlin_repack, marlin_unpack, marlin_unpermute_scales
 from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum
+from ferrum_ops.ops.moe_gemm import moe_experts_int4
 from ferrum_ops.ops.moe_routing import moe_align_block_size, moe_build_pairs_by_token, route_topk_softmax
 from ferrum_ops.ops.norm import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
 from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope
@@ -16,9 +19,17 @@ __all__ = [
     "fused_add_rms_norm",
     "fused_add_rms_norm_",
     "gptq_dequantize",
+    "int4_linear",
+    "int4_pack",
+    "int4_unpack",
+    "marlin_permute_scales",
+    "marlin_repack",
+    "marlin_unpack",
+    "marlin_unpermute_scales",
     "moe_align_block_size",
     "moe_build_pairs_by_token",
     "moe_combine",
+    "moe_experts_int4",
     "qk_norm_rope",
     "rms_norm",
     "route_topk_softmax",
