@@ -172,7 +172,7 @@ class GptqSource(QuantizedSource):
 
     @property
     def zero_offset(self) -> int:
-        return gptq.zero_offset(self.checkpoint_format)
+        return gptq.zero_offset_of(self.checkpoint_format)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of the on-disk layout; g_idx always among them."""

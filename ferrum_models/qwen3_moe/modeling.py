@@ -280,7 +280,8 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """As in transformers; packed weights are written in the format they were loaded from (GPTQ)."""
-        if kwargs.get("state_dict") is None:
+        quantized = getattr(self, "hf_quantizer", None) is not None  # which then supplies the tensors itself
+        if kwargs.get("state_dict") is None and not quantized:
             kwargs["state_dict"] = self.state_dict_to_save()
         self._weight_conversions: list[Any] = []  # names are the checkpoint's already
         super().save_pretrained(save_directory, **kwargs)

@@ -10,7 +10,7 @@ from ferrum_models.moe.weights import DenseExpertWeights, GptqExpertWeights, Int
 from ferrum_models.quantization.modules import ConcatLinear, GptqLinear, Int4Linear, PackedExperts
 from ferrum_models.quantization.sources import Int4Tensors, SavedLinear, unpack_int4
 from ferrum_models.qwen3_moe.modeling import MLP, DecoderLayer, Qwen3MoeForCausalLM, SparseMoeBlock
-from ferrum_ops.formats.gptq import zero_offset
+from ferrum_ops.formats.gptq import zero_offset_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -154,6 +154,6 @@ def dense_state_dict(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Tensors:
     for qweight in [name for name in tensors if name.endswith(".qweight")]:
         name = qweight.removesuffix(".qweight")
         parts = {part: tensors.pop(f"{name}.{part}", None) for part in _GPTQ_PARTS}
-        offset = zero_offset(model.config.quantization_config.to_dict().get("checkpoint_format", "gptq"))
+        offset = zero_offset_of(model.config.quantization_config.to_dict().get("checkpoint_format", "gptq"))
         tensors[f"{name}.weight"] = ferrum_ops.gptq_dequantize(*parts.values(), 4, offset, dtype).T.contiguous()
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

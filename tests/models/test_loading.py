@@ -40,7 +40,7 @@ PACKED = {
     "dynamic-skip-attention": Recipe(skip=("k_proj",), dynamic={r"-:.*k_proj": {}}),
 }
 DENSE = {
-    "2-bit": Recipe(bits=2),
+    "2-bit": Recipe(bits=2, config={"moe_intermediate_size": 48}),
     "3-bit": Recipe(bits=3, sym=False, config={"moe_intermediate_size": 64}),
     "8-bit": Recipe(bits=8, sym=False),
     "8-bit-act-order-v2": Recipe(bits=8, act_order="all", checkpoint_format="gptq_v2"),
@@ -50,7 +50,7 @@ DENSE = {
     "dynamic-skip-an-expert": Recipe(skip=("experts.3.up_proj",), dynamic={r"-:.*experts\.3\.up_proj": {}}),
 }
 UNQUANTISED = {"fp32": Recipe(quantized=False), "bf16": Recipe(quantized=False, dtype=torch.bfloat16)}
-IDS = torch.arange(2 * 11).view(2, 11) * 7 % 96
+IDS = torch.arange(2 * 11).view(2, 11) * 7 % 95 + 1  # not 0, the padding token, whose logits are all zero
 
 
 def load(directory, **kwargs):
