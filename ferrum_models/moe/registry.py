@@ -16,9 +16,6 @@ Implementation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeigh
 #: name -> `experts(hidden[T, H], topk_ids[T, K] int32, topk_weights[T, K] float32, weights) -> [T, H]`
 IMPLEMENTATIONS: dict[str, Implementation] = {"fused": fused, "bucketed": bucketed, "per_pair": per_pair}
 
-#: Implementations that never read a tensor on the host: a compiler may trace through them.
-TRACEABLE = {"fused"}
-
 
 def check_implementation(name: str) -> str:
     """`name` itself; raises ValueError with the known names."""
@@ -28,7 +25,7 @@ def check_implementation(name: str) -> str:
 
 
 # bucketed and per_pair read expert counts on the host, which a compiler cannot trace. Behind an op it need not: a
-# compiled model calls the same Python, with no graph break.
+# compiled model calls the same Python, with no graph break. (cudagraph_unsafe: the host read.)
 _library = torch.library.Library("ferrum_models", "DEF")
 _library.define(
     "moe_experts(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor?[] tensors, str spec, "
@@ -63,7 +60,7 @@ def run_experts(
     weights: ExpertWeights,
 ) -> torch.Tensor:
     """The named implementation; inside a compiled graph, an untraceable one as a single op."""
-    if torch.compiler.is_compiling() and name not in TRACEABLE:
+    if torch.compiler.is_compiling() and not (name == "fused" and weights.traceable(hidden.dtype)):
         return torch.ops.ferrum_models.moe_experts(
             hidden, topk_ids, topk_weights, weights.tensors(), weights.spec(), name
         )

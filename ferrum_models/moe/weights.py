@@ -6,7 +6,6 @@ without a host read. T tokens, K top-k, E experts, H hidden, I expert width, m r
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -22,6 +21,8 @@ class ExpertWeights(ABC):
     """Base of every layout. Tensors have E leading; the other fields are plain values."""
 
     layout: ClassVar[str]
+    tensor_fields: ClassVar[tuple[str, ...]]
+    value_fields: ClassVar[tuple[str, ...]]
 
     @property
     @abstractmethod
@@ -39,26 +40,27 @@ class ExpertWeights(ABC):
     def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """`[T, H], [T, K] int32, [T, K] float32 -> [T, H]`; ids outside `[0, E)` are skipped."""
 
+    def traceable(self, dtype: torch.dtype) -> bool:
+        """Whether a compiler can trace through `fused` for activations of this dtype."""
+        # PyTorch's grouped_mm runs in any dtype, but its fake accepts only bfloat16.
+        return dtype == torch.bfloat16
+
     def tensors(self) -> list[torch.Tensor | None]:
         """The tensor fields in order, for an op's arguments."""
-        return [getattr(self, name) for name in self._tensor_fields()]
+        return [getattr(self, name) for name in self.tensor_fields]
 
     def spec(self) -> str:
-        """Everything but the tensors, as a string."""
-        tensor_fields = self._tensor_fields()
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensor_fields}
-        return json.dumps({"layout": self.layout, **values})
-
-    @classmethod
-    def _tensor_fields(cls) -> list[str]:
-        return [f.name for f in fields(cls) if "Tensor" in str(f.type)]
+        """Everything but the tensors, as a string. (Formatted by hand: a compiler traces through it.)"""
+        return ";".join([self.layout, *(f"{name}={getattr(self, name)}" for name in self.value_fields)])
 
     @staticmethod
     def rebuild(tensors: list[torch.Tensor | None], spec: str) -> ExpertWeights:
         """Inverse of `tensors()` and `spec()`."""
-        values = json.loads(spec)
-        cls = LAYOUTS[values.pop("layout")]
-        return cls(**dict(zip(cls._tensor_fields(), tensors)), **values)
+        layout, *settings = spec.split(";")
+        cls = LAYOUTS[layout]
+        values = dict(setting.split("=") for setting in settings)
+        typed = {name: int(value) if value.isdecimal() else value for name, value in values.items()}
+        return cls(**dict(zip(cls.tensor_fields, tensors)), **typed)
 
 
 def _grouped_experts(
@@ -167,6 +169,9 @@ class Int4ExpertWeights(ExpertWeights):
     intermediate_size: int
     activation: str  # "int8" or "full"
 
+    def traceable(self, dtype: torch.dtype) -> bool:
+        return True
+
     @property
     def num_experts(self) -> int:
         return self.w13.shape[0]
@@ -231,3 +236,6 @@ class Int4ExpertWeights(ExpertWeights):
 LAYOUTS: dict[str, type[ExpertWeights]] = {
     cls.layout: cls for cls in (DenseExpertWeights, GptqExpertWeights, Int4ExpertWeights)
 }
+for _cls in LAYOUTS.values():
+    _cls.tensor_fields = tuple(f.name for f in fields(_cls) if "Tensor" in str(f.type))
+    _cls.value_fields = tuple(f.name for f in fields(_cls) if f.name not in _cls.tensor_fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -152,25 +151,27 @@ class PackedExperts(_FormatModule):
 
     def __init__(self, weights: ExpertWeights) -> None:
         super().__init__()
-        self._template = replace(weights, **dict.fromkeys(weights._tensor_fields(), None))
-        for name, tensor in zip(weights._tensor_fields(), weights.tensors()):
+        self._layout_class = type(weights)
+        self._values = {name: getattr(weights, name) for name in weights.value_fields}
+        for name, tensor in zip(weights.tensor_fields, weights.tensors()):
             self.register_buffer(name, tensor)
 
     @property
     def layout(self) -> str:
-        return self._template.layout
+        return self._layout_class.layout
 
     @property
     def weights(self) -> ExpertWeights:
-        return replace(self._template, **{name: self._buffers[name] for name in self._template._tensor_fields()})
+        buffers = {name: self._buffers[name] for name in self._layout_class.tensor_fields}
+        return self._layout_class(**buffers, **self._values)
 
     def set_activation(self, name: str) -> None:
-        if any(f.name == "activation" for f in fields(self._template)):
-            self._template = replace(self._template, activation=name)
+        if "activation" in self._values:
+            self._values["activation"] = name
 
     def extra_repr(self) -> str:
         shapes = {name: tuple(t.shape) for name, t in self._buffers.items() if t is not None}
-        return f"layout={self.layout}, {shapes}"
+        return f"layout={self.layout}, {self._values}, {shapes}"
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
