@@ -80,8 +80,9 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     finite = torch.isfinite(grouped).all(-1)
     used = finite & (largest >= 2.0**-100)
     safe = torch.where(used, largest, 1.0)
-    codes = torch.where(used[..., None], torch.round(grouped * (127.0 / safe)[..., None]), 0.0)
-    scales = torch.where(used, safe / 127.0, torch.where(finite, 0.0, torch.nan))
+    steps = torch.full_like(safe, 127.0)  # a tensor: with a Python number torch would divide by way of a reciprocal
+    codes = torch.where(used[..., None], torch.round(grouped * (steps / safe)[..., None]), 0.0)
+    scales = torch.where(used, safe / steps, torch.where(finite, 0.0, torch.nan))
     return codes, scales
 
 
