@@ -1,0 +1,21 @@
+// The kernels of the activation family. No torch here.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace ferrum::cpu {
+
+// Rows of `size` elements; strides are in elements.
+struct GatedRows {
+  const void* gate;
+  const void* up;
+  void* out;
+  int64_t gate_stride, up_stride, out_stride;
+  int64_t size;
+  Dtype dtype;
+};
+
+// out = silu(gate) * up
+FERRUM_DECLARE_LEVELS(void silu_mul_rows(const GatedRows& rows, int64_t begin, int64_t end);)
+
+}  // namespace ferrum::cpu

@@ -1,0 +1,2 @@
+#define FERRUM_LEVEL_GENERIC
+#include "cpu/norm_kernels.h"
