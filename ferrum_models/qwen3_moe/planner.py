@@ -129,8 +129,8 @@ class Planner:
             )
             self.linear(f"{attention}.o_proj", [self.source(f"{attention}.o_proj", q_width, hidden)])
             if is_sparse_layer(config, i):
-                self.router(f"{layer}.mlp.gate")
                 self.experts(f"{layer}.mlp.experts")
+                self.router(f"{layer}.mlp.gate")
             else:
                 width = config.intermediate_size
                 gate_up = [self.source(f"{layer}.mlp.{name}", hidden, width) for name in ("gate_proj", "up_proj")]
