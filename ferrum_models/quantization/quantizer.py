@@ -21,7 +21,7 @@ class ModulePlans(dict[str, Any]):
 
 
 @register_quantization_config("ferrum")
-class FerrumConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FerrumConfig(QuantizationConfigMixin):
     """Holds the plan while loading; written to config.json as the checkpoint's own quantization_config (`original`)."""
 
     def __init__(self, plans: ModulePlans | None = None, original: dict[str, Any] | None = None, **_: Any) -> None:
@@ -37,7 +37,7 @@ class FerrumConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer("ferrum")
-class FerrumQuantizer(HfQuantizer):  # type: ignore[misc]
+class FerrumQuantizer(HfQuantizer):
     """Replaces modules by their packed forms before the weights arrive; the weights arrive packed (LazyTensor)."""
 
     requires_calibration = False

@@ -21,8 +21,11 @@ class ModuleSettings:
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """`dynamic` maps regular expressions to overrides, first match wins: "-:re" leaves a module unquantised, "+:re" or a
-    bare "re" overrides bits and group_size (source: GPTQModel's documentation of `dynamic`)."""
+    """Bits and groups of a checkpoint.
+
+    `dynamic` maps regular expressions to overrides, first match wins: "-:re" leaves a module unquantised, "+:re" or a
+    bare "re" overrides bits and group_size (source: GPTQModel's documentation of `dynamic`).
+    """
 
     bits: int
     group_size: int
@@ -75,7 +78,8 @@ class GptqSettings:
             raise CheckpointError(
                 file, None, f"checkpoint_format among {', '.join(ZERO_OFFSETS)}", repr(checkpoint_format)
             )
-        bits, group_size = values.get("bits"), values.get("group_size", 128)
+        bits: Any = values.get("bits")
+        group_size: Any = values.get("group_size", 128)
         _check_numbers(file, None, bits, group_size)
         return cls(bits, group_size, checkpoint_format, dict(values.get("dynamic") or {}), file, dict(values))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ QUANTIZE = (None, "int4")
 
 
 def load_pretrained(
-    cls: type[Qwen3MoeForCausalLM],
+    build: Callable[..., Any],
     name_or_path: str | Path,
     *model_args: Any,
     moe_implementation: str,
@@ -40,7 +41,10 @@ def load_pretrained(
     quantize: str | None,
     **kwargs: Any,
 ) -> Qwen3MoeForCausalLM:
-    """`Qwen3MoeForCausalLM.from_pretrained`; its docstring has the arguments."""
+    """`Qwen3MoeForCausalLM.from_pretrained`; its docstring has the arguments.
+
+    `build` is transformers' `from_pretrained` of the same class.
+    """
     if quantize not in QUANTIZE:
         raise ValueError(f"[quantize] expected one of {QUANTIZE}, got {quantize!r}")
     start = time.perf_counter()
@@ -73,7 +77,7 @@ def load_pretrained(
             "original": saved_quantization_config(settings, plan),
         }
         output_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = super(Qwen3MoeForCausalLM, cls).from_pretrained(
+        model, info = build(
             None,
             *model_args,
             config=config,
@@ -168,6 +172,6 @@ def saved_quantization_config(settings: GptqSettings | None, plan: Plan) -> dict
     original = dict(settings.original)
     original.setdefault("quant_method", "gptq")
     if plan.dequantized:
-        skipped = {f"-:^{re.escape(source.name)}$": {} for source in plan.dequantized}
+        skipped: dict[str, Any] = {f"-:^{re.escape(source.name)}$": {} for source in plan.dequantized}
         original["dynamic"] = skipped | settings.dynamic
     return original

@@ -1,6 +1,6 @@
 """Qwen3-MoE on Ferrum's ops: transformers' model with the insides of its decoder layers replaced.
 
-Configuration, embedding, the layer loop, masks, caches and `generate` are transformers'. Where the layout differs from a
+Configuration, embedding, the layer loop, masks, caches and `generate` are transformers'. Where the layout is not a
 checkpoint's (fused q/k/v and gate/up projections, packed experts) `planner.py` and `saving.py` translate.
 """
 
@@ -218,7 +218,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         self.post_init()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *model_args: Any,
@@ -244,7 +244,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         from ferrum_models.qwen3_moe.loading import load_pretrained
 
         return load_pretrained(
-            cls,
+            super().from_pretrained,
             pretrained_model_name_or_path,
             *model_args,
             moe_implementation=check_implementation(moe_implementation),
@@ -278,7 +278,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
 
         return checkpoint_state_dict(self)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As in transformers; packed weights are written in the format they were loaded from (GPTQ)."""
         quantized = getattr(self, "hf_quantizer", None) is not None  # which then supplies the tensors itself
         if kwargs.get("state_dict") is None and not quantized:

@@ -289,7 +289,10 @@ class Planner:
         def module() -> nn.Module:
             made = {name: meta(*shape) for name, shape in shapes.items()}
             linear = GptqLinear(
-                *(made[name] for name in ("qweight", "qzeros", "scales", "g_idx")),
+                made["qweight"],
+                made["qzeros"],
+                made["scales"],
+                made["g_idx"],
                 made.get("bias"),
                 bits=source.bits,
                 zero_offset=source.zero_offset,
@@ -311,14 +314,12 @@ class Planner:
             self.dense(f"{path}.down_proj", (count, hidden, width))
             return
         self.check_expert_count(path)
-        gate, up, down = (
-            [self.source(f"{path}.{e}.{name}", *sizes) for e in range(count)]
-            for name, sizes in (
-                ("gate_proj", (hidden, width)),
-                ("up_proj", (hidden, width)),
-                ("down_proj", (width, hidden)),
-            )
-        )
+
+        def projection(name: str, in_features: int, out_features: int) -> list[Any]:
+            return [self.source(f"{path}.{e}.{name}", in_features, out_features) for e in range(count)]
+
+        gate, up = projection("gate_proj", hidden, width), projection("up_proj", hidden, width)
+        down = projection("down_proj", width, hidden)
         for source in (*gate, *up, *down):
             if source.bias_name is not None:
                 raise CheckpointError(
@@ -411,20 +412,22 @@ class Planner:
 
         def module() -> nn.Module:
             made = {name: meta(*shape) for name, shape in shapes.items()}
-            experts = PackedExperts(
-                Int4ExpertWeights(
-                    *(
-                        made.get(f"{prefix}{suffix}")
-                        for prefix in ("w13", "w2")
-                        for suffix in ("", "_scales", "_zeros", "_perm")
-                    ),  # type: ignore[arg-type]
-                    w13_group_size=group13,
-                    w2_group_size=group2,
-                    hidden_size=hidden,
-                    intermediate_size=width,
-                    activation=self.activation,
-                )
+            weights = Int4ExpertWeights(
+                w13=made["w13"],
+                w13_scales=made["w13_scales"],
+                w13_zeros=made.get("w13_zeros"),
+                w13_perm=made.get("w13_perm"),
+                w2=made["w2"],
+                w2_scales=made["w2_scales"],
+                w2_zeros=made.get("w2_zeros"),
+                w2_perm=made.get("w2_perm"),
+                w13_group_size=group13,
+                w2_group_size=group2,
+                hidden_size=hidden,
+                intermediate_size=width,
+                activation=self.activation,
             )
+            experts = PackedExperts(weights)
             experts.saved = tuple(tuple(s.saved for s in sources) for sources in (gate, up, down))
             return experts
 

@@ -151,9 +151,10 @@ def _int4_expert_parts(weights: Int4ExpertWeights, e: int, name: str, saved: Sav
 def dense_state_dict(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Tensors:
     """Every weight dequantised, under the names of an unquantised checkpoint: what transformers' own class loads."""
     tensors = checkpoint_state_dict(model)
-    for qweight in [name for name in tensors if name.endswith(".qweight")]:
-        name = qweight.removesuffix(".qweight")
-        parts = {part: tensors.pop(f"{name}.{part}", None) for part in _GPTQ_PARTS}
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        qweight, qzeros, scales = (tensors.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+        g_idx = tensors.pop(f"{name}.g_idx", None)
         offset = zero_offset_of(model.config.quantization_config.to_dict().get("checkpoint_format", "gptq"))
-        tensors[f"{name}.weight"] = ferrum_ops.gptq_dequantize(*parts.values(), 4, offset, dtype).T.contiguous()
+        weight = ferrum_ops.gptq_dequantize(qweight, qzeros, scales, g_idx, 4, offset, dtype)
+        tensors[f"{name}.weight"] = weight.T.contiguous()
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

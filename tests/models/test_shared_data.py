@@ -51,7 +51,8 @@ def test_int8_activations_at_the_reference_s_routing(directory, reference, monke
         logits = reference[f"router_logits_{i}"].view(-1, model.config.num_experts)
         weight, ids = logits.softmax(-1).topk(model.config.num_experts_per_tok)
         weight = weight / weight.sum(-1, keepdim=True)
-        monkeypatch.setattr(layer.mlp.gate, "forward", lambda _, r=(logits, weight, ids.to(torch.int32)): r)
+        routed = (logits, weight, ids.to(torch.int32))
+        monkeypatch.setattr(layer.mlp.gate, "forward", lambda _, routed=routed: routed)
     with torch.no_grad():
         logits = model(reference["input_ids"]).logits
     cosine = torch.cosine_similarity(logits, reference["logits"], dim=-1)
@@ -60,7 +61,6 @@ def test_int8_activations_at_the_reference_s_routing(directory, reference, monke
 
 def test_save_round_trip_is_bit_exact(directory, tmp_path):
     Qwen3MoeForCausalLM.from_pretrained(directory).save_pretrained(tmp_path)
-    original = {k: v for k, v in read_tensors(directory).items()}
-    saved = read_tensors(tmp_path)
+    original, saved = read_tensors(directory), read_tensors(tmp_path)
     assert original.keys() == saved.keys()
     assert all(saved[k].dtype == v.dtype and torch.equal(saved[k], v) for k, v in original.items())
