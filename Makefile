@@ -1,0 +1,88 @@
+# Everything in one virtual environment, set up on first use. `make demo` and `make test` need Python >= 3.10 with pip, git
+# and a C++17 compiler; ninja comes from pip, ccache is used where it is installed.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+# Test processes; each computes with one thread.
+JOBS ?= auto
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+NATIVE := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
+# The version is in the name, so that another TORCH installs another torch.
+TORCH_STAMP := $(VENV)/.torch-$(TORCH)
+INSTALL_STAMP := $(VENV)/.install-$(TORCH)
+BUILD_STAMP := $(VENV)/.build-$(TORCH)
+TOOLS_STAMP := $(VENV)/.tools
+
+.PHONY: help demo test test-fast lint format table bench wheel clean
+
+help:
+	@echo "make demo        load the example checkpoint, generate text, print a table"
+	@echo "make test        all tests"
+	@echo "make test-fast   without those marked slow"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make format      rewrite the sources as lint wants them"
+	@echo "make table       write the table of ops into README.md"
+	@echo "make bench       time the ops"
+	@echo "make wheel       build dist/*.whl"
+	@echo "make clean       remove what the build made (make VENV=... keeps its environment elsewhere)"
+
+demo: $(BUILD_STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(BUILD_STAMP)
+	$(TESTS)
+
+test-fast: $(BUILD_STAMP)
+	$(TESTS) -m "not slow"
+
+lint: $(BUILD_STAMP) $(TOOLS_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(TOOLS_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+table: $(BUILD_STAMP)
+	$(BIN)/python -m ferrum_ops.table --write README.md
+
+bench: $(BUILD_STAMP)
+	@set -e; for file in benchmarks/ops/bench_*.py; do \
+	  $(BIN)/python -m benchmarks.ops.$$(basename $$file .py); \
+	done
+
+wheel: export PATH := $(abspath $(BIN)):$(PATH)
+wheel: $(BUILD_STAMP) $(TOOLS_STAMP)
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info ferrum_ops/*.so $(VENV)/.install-* $(VENV)/.build-*
+
+# torch first: the build compiles against it, and an isolated build would download another one.
+$(TORCH_STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(BIN)/python -m pip install --quiet "pip>=23" "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	rm -f $(VENV)/.torch-* $(VENV)/.install-* $(VENV)/.build-*
+	touch $@
+
+# pip installs the dependencies and compiles once; from then on ninja recompiles what changed.
+$(BUILD_STAMP): export PATH := $(abspath $(BIN)):$(PATH)
+$(BUILD_STAMP): $(TORCH_STAMP) setup.py $(NATIVE)
+	if test -e $(INSTALL_STAMP); then \
+	  $(BIN)/python setup.py --quiet build_ext --inplace; \
+	else \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test]"; \
+	fi
+	touch $(INSTALL_STAMP) $@
+
+$(TOOLS_STAMP): $(TORCH_STAMP)
+	$(BIN)/python -m pip install --quiet ruff mypy pre-commit clang-format build torch-abi-audit
+	touch $@
