@@ -1,0 +1,51 @@
+"""Routing and the orders of pairs at Qwen3-30B-A3B's sizes: 128 experts, top 8, uniform routing.
+
+`python benchmarks/ops/bench_moe_routing.py [--dtype bfloat16] [--compile]`
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+
+from ferrum_ops.ops.moe_routing import align_capacity
+from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+
+EXPERTS, TOP_K = 128, 8
+BLOCK_SIZE = 16
+TOKENS = (1, 8, 128, 512)
+
+
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    for tokens in TOKENS:
+        logits = torch.randn(tokens, EXPERTS).to(dtype)
+        ids = logits.float().topk(TOP_K, -1).indices.int()
+        pairs = ids.numel()
+        label = f"T={tokens} E={EXPERTS} K={TOP_K}"
+
+        def route(logits=logits):
+            weights, selected = logits.softmax(-1, dtype=torch.float32).topk(TOP_K, -1)
+            return selected.int(), weights / weights.sum(-1, keepdim=True)
+
+        def build(ids=ids):
+            flat = ids.flatten()
+            order = flat.argsort(stable=True)
+            offsets = torch.bincount(flat, minlength=EXPERTS).cumsum(0)
+            return order.argsort().int(), (order // TOP_K).int(), offsets.int()
+
+        yield Case("route_topk_softmax", label, (logits, TOP_K, True), bytes_of(logits) + 8 * pairs, route)
+        yield Case("moe_build_pairs_by_token", label, (ids, EXPERTS), 4 * (3 * pairs + EXPERTS + 1), build)
+        yield Case(
+            "moe_align_block_size",
+            label,
+            (ids, EXPERTS, BLOCK_SIZE, True, None),
+            4 * (pairs + align_capacity(pairs, EXPERTS, BLOCK_SIZE) * (BLOCK_SIZE + 1) // BLOCK_SIZE),
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
+    args = parser.parse_args()
+    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
