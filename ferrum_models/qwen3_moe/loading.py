@@ -90,6 +90,7 @@ def load_pretrained(
     problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if problems:
         raise RuntimeError(f"[load] the plan and the model disagree: {problems}")
+    model.requires_grad_(False)  # an inference model: calling it needs no torch.no_grad()
     if plan.packed == 0:
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = model.config.name_or_path = str(name_or_path)

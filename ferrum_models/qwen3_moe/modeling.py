@@ -216,6 +216,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         self.model.rotary_emb = RotaryEmbedding(config=config)
         self.load_report: LoadReport | None = None
         self.post_init()
+        self.requires_grad_(False)  # its ops have no backward: calling it needs no torch.no_grad()
 
     @classmethod
     def from_pretrained(
