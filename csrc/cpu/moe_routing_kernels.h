@@ -20,56 +20,51 @@ inline float load_finite(const T* logits, int64_t num_experts, float* values) {
   return reduce_max(largest);
 }
 
-// The top_k largest values in descending order, by insertion: experts come in ascending order of their ids and only a
-// strictly larger value moves ahead of another, so equal ones stay in that order.
-inline void select_largest(const float* values, int64_t num_experts, int64_t top_k, int32_t* ids, float* best) {
+// The top_k largest values in descending order, equal ones in ascending order of their ids. A round per expert, without
+// branches on the data but for the search of the vector that holds it. Taken values become -Inf.
+inline void select_largest(float* values, int64_t num_experts, int64_t top_k, int32_t* ids) {
   for (int64_t j = 0; j < top_k; ++j) {
-    best[j] = -__builtin_inff();
-  }
-  for (int64_t i = 0; i < num_experts; i += kLanes) {
-    uint32_t candidates = greater_mask(load(values + i), broadcast(best[top_k - 1]));
-    for (; candidates != 0; candidates &= candidates - 1) {
-      const int64_t expert = i + __builtin_ctz(candidates);
-      const float value = values[expert];
-      if (!(value > best[top_k - 1])) {
-        continue;  // the bar rose since the mask was made
-      }
-      int64_t j = top_k - 1;
-      for (; j > 0 && value > best[j - 1]; --j) {
-        best[j] = best[j - 1];
-        ids[j] = ids[j - 1];
-      }
-      best[j] = value;
-      ids[j] = static_cast<int32_t>(expert);
+    Vec lanes = load(static_cast<const float*>(values));
+    for (int64_t i = kLanes; i < num_experts; i += kLanes) {
+      lanes = max(lanes, load(static_cast<const float*>(values + i)));
     }
+    const Vec largest = broadcast(reduce_max(lanes));
+    int64_t i = 0;
+    uint32_t smaller_lanes;
+    while ((smaller_lanes = greater_mask(largest, load(static_cast<const float*>(values + i)))) == 0xffffu) {
+      i += kLanes;
+    }
+    const int64_t expert = i + __builtin_ctz(~smaller_lanes);
+    ids[j] = static_cast<int32_t>(expert);
+    values[expert] = -__builtin_inff();
   }
 }
 
 template <typename T>
 void route_token(const RouteRows& rows, int64_t token) {
   alignas(64) float values[kMaxExperts];
-  float best[kMaxExperts];
+  alignas(64) float exponentials[kMaxExperts];
   int32_t* ids = rows.ids + token * rows.top_k;
   float* weights = rows.weights + token * rows.top_k;
   const T* logits = static_cast<const T*>(rows.logits) + token * rows.logits_stride;
   const Vec largest = broadcast(load_finite(logits, rows.num_experts, values));
-  select_largest(values, rows.num_experts, rows.top_k, ids, best);
   Vec sum = broadcast(0.0f);
   for (int64_t i = 0; i < rows.num_experts; i += kLanes) {
     const Vec exponential = exp(load(static_cast<const float*>(values + i)) - largest);
-    store(values + i, exponential);
+    store(exponentials + i, exponential);
     sum = sum + exponential;
   }
+  select_largest(values, rows.num_experts, rows.top_k, ids);
   float total = reduce_add(sum);
   if (rows.renormalize) {
     total = 0.0f;
     for (int64_t j = 0; j < rows.top_k; ++j) {
-      total += values[ids[j]];
+      total += exponentials[ids[j]];
     }
   }
   for (int64_t j = 0; j < rows.top_k; ++j) {
     // The largest expert adds 1 to the total, so the second case is for arithmetic gone wrong only.
-    weights[j] = total > 0.0f ? values[ids[j]] / total : 1.0f / static_cast<float>(rows.top_k);
+    weights[j] = total > 0.0f ? exponentials[ids[j]] / total : 1.0f / static_cast<float>(rows.top_k);
   }
 }
 
