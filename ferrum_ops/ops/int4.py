@@ -202,6 +202,9 @@ def random_matrix(
     if act_order:
         groups = (torch.arange(in_features) // group_size).to(torch.int32)
         perm = gptq.sort_groups(groups[torch.randperm(in_features, generator=g)], in_features, group_size)
+        if perm is None:  # a single group has no other order: name the rows as they lie
+            perm = torch.arange(layout.packed_rows(None, in_features), dtype=torch.int32)
+            perm[in_features:] = -1
     rows = layout.packed_rows(perm, in_features)
     words = -(-in_features // layout.LINE_ROWS)
     qweight = torch.randint(-(2**31), 2**31, (words, out_features), generator=g).to(torch.int32)

@@ -13,7 +13,9 @@ ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torc
 
 #: Looser bounds, each with its reason. Key: (op, dtype) or (op, None) for every dtype.
 TOLERANCES: dict[tuple[str, torch.dtype | None], float] = {
-    # filled by the families: ("int4_linear", None): 1e-2 would need a comment that says why
+    # The intermediate is rounded to int8 again: where the float64 oracle's value lies on the other side of a rounding
+    # boundary than the kernel's float32, the code differs by one of 127 steps.
+    ("moe_experts_int4", torch.float32): 1e-4,
 }
 
 #: The largest single error may be this many times the allowed relative error (times the oracle's RMS).
