@@ -53,8 +53,8 @@ table: $(BUILD_STAMP)
 	$(BIN)/python -m ferrum_ops.table --write README.md
 
 bench: $(BUILD_STAMP)
-	@set -e; for file in benchmarks/ops/bench_*.py; do \
-	  $(BIN)/python -m benchmarks.ops.$$(basename $$file .py); \
+	@set -e; for file in benchmarks/ops/bench_*.py; do echo; echo "$$file"; \
+	  $(BIN)/python $$file; \
 	done
 
 wheel: export PATH := $(abspath $(BIN)):$(PATH)

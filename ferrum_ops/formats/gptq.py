@@ -53,6 +53,18 @@ def _check_int32(name: str, words: torch.Tensor) -> None:
         )
 
 
+def _byte_stream(words: torch.Tensor) -> torch.Tensor:
+    """int32 `[..., rows, N]` -> its little-endian bytes along the rows, uint8 `[..., 4*rows, N]`."""
+    return words.unsqueeze(-1).view(torch.uint8).movedim(-1, -2).flatten(-3, -2)
+
+
+def _words_of(stream: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_byte_stream`."""
+    words = stream.unflatten(-2, (stream.shape[-2] // 4, 4)).movedim(-2, -1)
+    # Flat, because torch does not view an empty tensor of several dimensions as another dtype.
+    return words.flatten().view(torch.int32).view(words.shape[:-1])
+
+
 def unpack_rows(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of packed words, `int32 [..., K*bits/32, N] -> uint8 [..., K, N]`.
 
@@ -60,21 +72,16 @@ def unpack_rows(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """
     check_bits("gptq", bits)
     _check_int32("qweight", qweight)
-    codes, words = _period(bits)
-    rows = qweight.shape[-2]
+    rows, words = qweight.shape[-2], _period(bits)[1]
     if rows % words:
         raise ValueError(f"[gptq] qweight: expected rows in multiples of {words} for {bits} bits, got {rows}")
-    start = torch.arange(codes, device=qweight.device, dtype=torch.int32) * bits
-    word, shift = start // 32, (start % 32).unsqueeze(-1)
-    periods = qweight.unflatten(-2, (rows // words, words))
-    fields = (periods if words == 1 else periods[..., word, :]) >> shift
-    if bits == 3:
-        # A shift of 30 or 31 leaves 2 or 1 bits of the code and copies of the sign; the next word has the
-        # rest.
-        across = shift > 32 - bits
-        next_word = periods[..., (word + 1).clamp_max(words - 1), :] << (32 - shift).clamp_max(31)
-        fields = torch.where(across, (fields & ((1 << (32 - shift).clamp_max(30)) - 1)) | next_word, fields)
-    return (fields & (2**bits - 1)).to(torch.uint8).flatten(-3, -2)
+    units = _byte_stream(qweight)
+    if bits == 3:  # eight codes in three bytes
+        low, middle, high = units.to(torch.int32).unflatten(-2, (rows * 4 // 3, 3)).unbind(-2)
+        units = low | middle << 8 | high << 16
+    shifts = torch.arange(0, 24 if bits == 3 else 8, bits, dtype=units.dtype, device=units.device)
+    codes = (units.unsqueeze(-2) >> shifts.unsqueeze(-1)) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(-3, -2)
 
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -83,24 +90,22 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     K must be a multiple of `32 / bits` (of 32 for 3 bits) and every code below `2**bits`; else ValueError.
     """
     check_bits("gptq", bits)
-    per_period, words = _period(bits)
-    in_features = codes.shape[-2]
-    if in_features % per_period:
-        raise ValueError(f"[gptq] codes: expected rows in multiples of {per_period} for {bits} bits, got {in_features}")
+    in_features, per_period = codes.shape[-2], _period(bits)[0]
+    if codes.dtype != torch.uint8 or in_features % per_period:
+        dtype = str(codes.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"[gptq] codes: expected uint8 rows in multiples of {per_period} for {bits} bits, got {dtype} {in_features}"
+        )
     if bits < 8 and codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"[gptq] codes: expected values below {2**bits}, got {int(codes.max())}")
-    fields = codes.to(torch.int64).unflatten(-2, (in_features // per_period, per_period))
-    start = torch.arange(per_period, device=codes.device) * bits
-    word, shift = start // 32, (start % 32).unsqueeze(-1)
-    shape = (*fields.shape[:-2], words + 1, fields.shape[-1])
-    # Fields do not overlap, so adding is or-ing; int64 holds a field that crosses into the next word.
-    shifted = fields << shift
-    packed = torch.zeros(shape, dtype=torch.int64, device=codes.device)
-    packed.index_add_(-2, word, shifted & 0xFFFFFFFF)
-    packed.index_add_(-2, word + 1, shifted >> 32)
-    packed = packed[..., :words, :]
-    # Values from 2**31 up become the negative number with the same bits.
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).flatten(-3, -2)
+    per_unit = 8 if bits == 3 else 8 // bits
+    fields = codes.to(torch.int32 if bits == 3 else torch.uint8).unflatten(-2, (in_features // per_unit, per_unit))
+    units = fields[..., 0, :].clone()
+    for i in range(1, per_unit):
+        units |= fields[..., i, :] << (bits * i)
+    if bits == 3:
+        units = torch.stack((units, units >> 8, units >> 16), -2).flatten(-3, -2).to(torch.uint8)
+    return _words_of(units)
 
 
 def packed_columns(out_features: int, bits: int) -> int:

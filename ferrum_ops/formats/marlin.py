@@ -27,8 +27,8 @@ SUPPORTED_BITS = (4, 8)
 TILE_ROWS = 16
 UNIT_COLUMNS = 64
 
-# Axes of codes seen as [row tile, h, q, l, u, j, c', c], in the order of the packed layout.
-_PACKED_ORDER = {4: (0, 4, 7, 2, 5, 3, 6, 1), 8: (0, 4, 7, 2, 5, 6, 3, 1)}
+# Words seen as axes [experts, row tile, q, u, j, (c',) c] and the order in which they lie.
+_WORD_ORDER = {4: (0, 1, 3, 5, 2, 4), 8: (0, 1, 3, 6, 2, 4, 5)}
 
 
 def check_sizes(op: str, packed_rows: int, out_features: int, bits: int) -> None:
@@ -78,37 +78,36 @@ def _row_index(perm: torch.Tensor, per_expert: int) -> torch.Tensor:
     return (perm.long().view(experts, perm.shape[-1]) + start).flatten()
 
 
+def _fields(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Views of `codes` by their place in a word, lowest first; each has one element per word."""
+    experts, rows, columns = codes.shape[:-2].numel(), codes.shape[-2], codes.shape[-1]
+    axes = codes.view(experts, rows // TILE_ROWS, 2, 4, 2, columns // UNIT_COLUMNS, 4, 2, 8)  # h, q, l, u, j, c', c
+    if bits == 8:
+        return [axes[:, :, h, :, l] for l in (0, 1) for h in (0, 1)]
+    return [axes[:, :, h, :, l, :, :, half] for l in (0, 1) for half in (0, 1) for h in (0, 1)]
+
+
 def _tile(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 `[..., K, N]` -> the same codes in packed order, `[..., K/16, 16N]`."""
-    lead = codes.shape[:-2]
-    row_tiles, units = codes.shape[-2] // TILE_ROWS, codes.shape[-1] // UNIT_COLUMNS
-    axes = codes.reshape(lead.numel(), row_tiles, 2, 4, 2, units, 4, 2, 8)
-    order = (0, *(1 + a for a in _PACKED_ORDER[bits]))
-    return axes.permute(order).reshape(*lead, row_tiles, units * 1024)
+    """uint8 `[..., K, N]` -> words int32 `[..., K/16, N*bits/2]`."""
+    fields = _fields(codes.contiguous(), bits)
+    words = fields[0].to(torch.int32)
+    for place, field in enumerate(fields[1:], start=1):
+        words |= field.to(torch.int32) << (bits * place)
+    shape = (*codes.shape[:-2], codes.shape[-2] // TILE_ROWS, codes.shape[-1] * bits // 2)
+    return words.permute(_WORD_ORDER[bits]).reshape(shape)
 
 
-def _untile(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def _untile(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `_tile`."""
-    lead = codes.shape[:-2]
-    row_tiles, units = codes.shape[-2], codes.shape[-1] // 1024
-    order = (0, *(1 + a for a in _PACKED_ORDER[bits]))
-    sizes = (2, 4, 2, units, 4, 2, 8)
-    packed_sizes = [(row_tiles, *sizes)[a] for a in _PACKED_ORDER[bits]]
-    inverse = [order.index(a) for a in range(len(order))]
-    axes = codes.reshape(lead.numel(), *packed_sizes).permute(inverse)
-    return axes.reshape(*lead, row_tiles * TILE_ROWS, units * UNIT_COLUMNS)
-
-
-def _to_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes along the last dimension to little-endian words."""
-    bytes_ = codes[..., 0::2] | codes[..., 1::2] << 4 if bits == 4 else codes
-    # Flat, because torch does not view an empty tensor of several dimensions as another dtype.
-    return bytes_.flatten().view(torch.int32).view(*codes.shape[:-1], codes.shape[-1] * bits // 32)
-
-
-def _from_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    bytes_ = words.flatten().view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * 4)
-    return torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2) if bits == 4 else bytes_
+    rows, columns = words.shape[-2] * TILE_ROWS, words.shape[-1] * 2 // bits
+    codes = torch.empty((*words.shape[:-2], rows, columns), dtype=torch.uint8, device=words.device)
+    fields = _fields(codes, bits)
+    order = _WORD_ORDER[bits]
+    packed = words.reshape([fields[0].shape[axis] for axis in order])
+    axes = packed.permute([order.index(axis) for axis in range(len(order))])
+    for place, field in enumerate(fields):
+        field.copy_((axes >> (bits * place)) & (2**bits - 1))
+    return codes
 
 
 def repack(
@@ -140,7 +139,7 @@ def repack(
         rows = codes.reshape(experts * in_features, out_features)
         rows = rows[index] if in_features else rows.new_empty(index.numel(), out_features)
         codes = rows.view(*perm.shape, out_features).masked_fill(padding.unsqueeze(-1), 2 ** (bits - 1))
-    return _to_words(_tile(codes, bits), bits)
+    return _tile(codes, bits)
 
 
 def unpack(
@@ -157,7 +156,7 @@ def unpack(
     check_sizes(op, packed_rows, out_features, bits)
     check_words(op, "packed", packed, (packed_rows // TILE_ROWS, out_features * bits // 2))
     check_perm(op, perm, packed.shape[:-2])
-    codes, experts = _untile(_from_words(packed, bits), bits), packed.shape[:-2].numel()
+    codes, experts = _untile(packed, bits), packed.shape[:-2].numel()
     if perm is not None:
         if perm.device.type == "cpu":
             check_perm_values(op, perm, in_features)
@@ -213,17 +212,19 @@ def unpermute_scales(
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """Zero points `uint8 [..., G, N]` to Marlin's `int32 [..., G, N*bits/32]`: in the order of
-    grouped scales (for any G), then in the order of codes in a word."""
+    """Zero points `uint8 [..., G, N]` to Marlin's `int32 [..., G, N*bits/32]`.
+
+    They lie in the order of grouped scales (for any G), and within a word in the order of codes.
+    """
     check_sizes("marlin", 0, zeros.shape[-1], bits)
     permuted = _permute_runs(zeros, (8, 8), (1, 0))
-    pairs = _permute_runs(permuted, (4, 2) if bits == 4 else (2, 2), (1, 0))
-    return _to_words(pairs, bits)
+    return gptq.pack_columns(_permute_runs(permuted, (4, 2) if bits == 4 else (2, 2), (1, 0)), bits)
 
 
 def unpack_zeros(qzeros: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `pack_zeros`."""
-    check_sizes("marlin", 0, qzeros.shape[-1] * 32 // bits, bits)
-    pairs = _from_words(qzeros, bits)
-    permuted = _permute_runs(pairs, (2, 4) if bits == 4 else (2, 2), (1, 0))
+    columns = qzeros.shape[-1] * 32 // bits
+    check_sizes("marlin", 0, columns, bits)
+    ordered = gptq.unpack_columns(qzeros, bits, columns)
+    permuted = _permute_runs(ordered, (2, 4) if bits == 4 else (2, 2), (1, 0))
     return _permute_runs(permuted, (8, 8), (1, 0))

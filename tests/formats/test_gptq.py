@@ -200,7 +200,7 @@ def test_a_larger_packed_size_pads_a_regular_g_idx():
         ),
         (
             lambda: gptq.pack_rows(torch.zeros(9, 1, dtype=torch.uint8), 4),
-            "codes: expected rows in multiples of 8",
+            "codes: expected uint8 rows in multiples of 8",
         ),
         (
             lambda: gptq.unpack_columns(random_words(1, 5), 4, 32),

@@ -1,0 +1,43 @@
+"""Dequantising GPTQ weights at Qwen3-30B-A3B's sizes, groups of 128.
+
+`python benchmarks/ops/bench_gptq.py [--dtype bfloat16] [--compile]`
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+
+import ferrum_ops
+from ferrum_ops.formats import gptq
+from ferrum_ops.ops.gptq import random_projection
+from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+
+# (in, out): an expert's gate or up, its down, attention's output projection.
+SIZES = ((2048, 768), (768, 2048), (4096, 2048))
+GROUP_SIZE = 128
+
+
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    reference = ferrum_ops.OPS["gptq_dequantize"].ref
+    for bits in gptq.SUPPORTED_BITS:
+        for in_features, out_features in SIZES:
+            tensors = random_projection(in_features, out_features, in_features // GROUP_SIZE, bits, "cpu")
+            written = in_features * out_features * dtype.itemsize
+            regular = torch.arange(in_features, dtype=torch.int32) // GROUP_SIZE
+            for order, g_idx in (("", None), (" act-order", regular[torch.randperm(in_features)])):
+                arguments = (*tensors, g_idx, bits, 1, dtype)
+
+                def eager(arguments=arguments):
+                    return reference(*arguments)
+
+                label = f"{bits} bit {in_features}x{out_features}{order}"
+                yield Case("gptq_dequantize", label, arguments, bytes_of(*tensors) + written, eager)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
+    args = parser.parse_args()
+    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
