@@ -1,0 +1,245 @@
+"""The rules of the house: what every op has, where its parts lie, and what no file may do."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import ferrum_ops
+from ferrum_ops import table
+from ferrum_ops.testing.compare import TOLERANCES
+
+ROOT = Path(__file__).parents[1]
+SCHEMA_FILE = ROOT / "csrc" / "schema.cpp"
+# Files whose stem is not a family, by folder.
+INFRASTRUCTURE = {
+    "csrc/cpu": {"isa", "simd", "tensor"},
+    "ferrum_ops/ops": {"__init__"},
+    "tests/ops": {"__init__", "test_every_op"},
+    "benchmarks/ops": {"__init__"},
+}
+#: Ops without a kernel of their own on CPU, and why they need none.
+NO_CPU_KERNEL = {
+    "marlin_permute_scales": "data movement at load",
+    "marlin_repack": "data movement at load",
+    "marlin_unpack": "data movement at save",
+    "marlin_unpermute_scales": "data movement at save",
+}
+#: Ops whose samples need no empty tensor, and why.
+NO_EMPTY_INPUT = {
+    "int4_pack": "a weight matrix has rows and columns",
+    "int4_unpack": "a weight matrix has rows and columns",
+}
+LEVELS = ("_generic", "_avx2", "_avx512")
+
+# With room above ARCHITECTURE's figures (400 and 60): a limit is for noticing, not for splitting a sentence.
+MAX_FILE_LINES = {".cpp": 480, ".h": 480, ".py": 620}
+MAX_FUNCTION_LINES = 90
+
+
+def schema_lines():
+    """The schemas of csrc/schema.cpp in order; string literals that follow each other are one string."""
+    definitions = re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", SCHEMA_FILE.read_text())
+    return ["".join(re.findall(r'"([^"]*)"', literals)) for literals in definitions]
+
+
+def op_name(schema):
+    return schema.partition("(")[0]
+
+
+NAMES = [op_name(schema) for schema in schema_lines()]
+FAMILIES = sorted({op.family for op in ferrum_ops.OPS.values()})
+
+
+def torch_op(name):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.ferrum, packet), overload or "default")
+
+
+def sources(*folders, suffixes):
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes)
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_the_schema_file_is_the_only_list():
+    assert len(NAMES) > 20
+    defined = {n.removeprefix("ferrum::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("ferrum::")}
+    # A model may wrap a module as an op of its own, in its own namespace.
+    assert defined == set(NAMES)
+
+
+def test_schemas_are_alphabetical():
+    assert sorted(NAMES) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schema_is_registered(name):
+    op = ferrum_ops.OPS.get(name)
+    assert op is not None, f"{name}: no reference; call register() in ferrum_ops/ops/<family>.py"
+    returns = len(torch_op(name)._schema.returns) > 0
+    assert op.fake is not None or not returns, f"{name}: an op that returns something needs a fake"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_has_sample_inputs(name):
+    cases = list(ferrum_ops.OPS[name].inputs("cpu", torch.float32))
+    assert cases, f"{name}: no sample inputs"
+    tensors = [[a for a in case if isinstance(a, torch.Tensor)] for case in cases]
+    some_empty = any(t.numel() == 0 for case in tensors for t in case)
+    assert some_empty != (name in NO_EMPTY_INPUT), f"{name}: expected an empty sample, or a reason in NO_EMPTY_INPUT"
+    arguments = torch_op(name)._schema.arguments
+    for case in cases:
+        assert len(case) <= len(arguments), f"{name}: {len(arguments)} arguments, a sample has {len(case)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("folder, prefix", [("tests/ops", "test_"), ("benchmarks/ops", "bench_")])
+def test_every_op_is_tested_and_timed_in_its_familys_file(name, folder, prefix):
+    file = ROOT / folder / f"{prefix}{ferrum_ops.OPS[name].family}.py"
+    assert file.exists(), f"{name}: expected {relative(file)}"
+    packet = name.partition(".")[0]
+    assert re.search(rf"\b{packet}\b", file.read_text()), f"{name}: not mentioned in {relative(file)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_has_a_public_function_with_a_docstring(name):
+    packet = name.partition(".")[0]
+    function = getattr(ferrum_ops, packet)
+    assert packet in ferrum_ops.__all__
+    assert function.__doc__ and len(function.__doc__) > 40, f"{packet}: expected a docstring"
+
+
+def test_mutating_ops_return_nothing_and_say_so_in_their_name():
+    for name in NAMES:
+        schema = torch_op(name)._schema
+        mutates = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+        packet = name.partition(".")[0]
+        assert mutates == packet.endswith(("_", "_out")), f"{name}: only a mutating op ends in _ or _out"
+        assert not mutates or len(schema.returns) == 0, f"{name}: a mutating op returns ()"
+
+
+@pytest.mark.parametrize("folder", INFRASTRUCTURE)
+def test_files_are_named_after_their_family(folder):
+    prefixes = {"tests/ops": "test_", "benchmarks/ops": "bench_"}
+    for path in sources(folder, suffixes={".cpp", ".h", ".py"}):
+        stem = path.stem
+        for level in LEVELS:
+            stem = stem.removesuffix(level)
+        if stem in INFRASTRUCTURE[folder]:
+            continue
+        stem = stem.removeprefix(prefixes.get(folder, ""))
+        # A family may have several files, csrc/cpu/<family>_<part>.cpp.
+        assert any(stem == f or (folder == "csrc/cpu" and stem.startswith(f"{f}_")) for f in FAMILIES), (
+            f"{relative(path)}: expected one of {FAMILIES}"
+        )
+
+
+def test_every_family_registers_its_cpu_kernels_in_one_file():
+    for family in FAMILIES:
+        names = [n for n, op in ferrum_ops.OPS.items() if op.family == family and n not in NO_CPU_KERNEL]
+        assert not names or (ROOT / "csrc" / "cpu" / f"{family}.cpp").exists(), f"expected csrc/cpu/{family}.cpp"
+
+
+def test_missing_cpu_kernels_are_listed():
+    missing = {name for name, devices in ferrum_ops.backends().items() if devices["cpu"] == "reference"}
+    assert missing == set(NO_CPU_KERNEL)
+
+
+def test_the_tolerance_table_names_ops():
+    assert {name for name, _ in TOLERANCES} <= set(NAMES)
+
+
+def test_kernels_of_one_level_include_no_torch_header():
+    for path in sources("csrc/common", "csrc/cpu", suffixes={".cpp", ".h"}):
+        if path.parent.name == "common" or path.stem.endswith(LEVELS):
+            assert "<torch/" not in path.read_text(), f"{relative(path)}: expected no torch header"
+
+
+def test_readme_has_the_table_of_ops():
+    assert table.main(["--check", str(ROOT / "README.md")]) == 0, "run `make table`"
+
+
+def test_table_check_sees_a_difference(tmp_path, capsys):
+    file = tmp_path / "page.md"
+    file.write_text(f"a\n{table.BEGIN}\n{table.END}\nb\n")
+    assert table.main(["--check", str(file)]) == 1
+    assert table.main(["--write", str(file)]) == 0
+    assert table.main(["--check", str(file)]) == 0
+    text = file.read_text()
+    assert text.startswith("a\n") and text.endswith("b\n") and "| marlin | `marlin_repack` |" in text
+    file.write_text(text.replace("`marlin_repack`", "`marlin_pack`"))
+    assert table.main(["--check", str(file)]) == 1
+    file.write_text("no markers")
+    assert table.main(["--check", str(file)]) == 1
+    assert "expected <!-- ops:begin -->" in capsys.readouterr().err
+
+
+def test_environment_variables_are_read_in_one_place():
+    readers = re.compile(r"\bos\.(environ|getenv)|\bfrom os import\b|\bgetenv\s*\(")
+    for path in sources("ferrum_ops", "ferrum_models", "csrc", suffixes={".py", ".cpp", ".h"}):
+        if relative(path) != "ferrum_ops/config.py":
+            match = readers.search(path.read_text())
+            assert match is None, f"{relative(path)}: {match[0]}; expected only ferrum_ops/config.py to read variables"
+
+
+def test_nothing_is_imported_from_another_layer():
+    """Ops know nothing of models."""
+    for path in sources("ferrum_ops", suffixes={".py"}):
+        assert "ferrum_models" not in path.read_text(), f"{relative(path)}: expected no ferrum_models"
+
+
+@pytest.mark.parametrize("suffix", MAX_FILE_LINES)
+def test_files_stay_readable_in_one_sitting(suffix):
+    for path in sources("csrc", "ferrum_ops", "ferrum_models", suffixes={suffix}):
+        lines = len(path.read_text().splitlines())
+        assert lines <= MAX_FILE_LINES[suffix], (
+            f"{relative(path)}: expected at most {MAX_FILE_LINES[suffix]} lines, got {lines}"
+        )
+
+
+def test_functions_stay_readable_in_one_sitting():
+    for path in sources("ferrum_ops", "ferrum_models", suffixes={".py"}):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False) or ""
+                lines = node.end_lineno - node.body[0].lineno - docstring.count("\n")
+                assert lines <= MAX_FUNCTION_LINES, (
+                    f"{relative(path)}: {node.name}: expected at most {MAX_FUNCTION_LINES} lines, got {lines}"
+                )
+
+
+def test_schemas_are_frozen():
+    """Exported programs carry these. To accept a deliberate change: EXPECTTEST_ACCEPT=1 and a line in CHANGELOG.md."""
+    schemas = "\n".join(str(torch_op(name)._schema).removeprefix("ferrum::") for name in NAMES)
+    assert_expected_inline(
+        schemas,
+        """\
+fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)
+fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()
+gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
+int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
+int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
+int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor
+marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor
+marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
+marlin_unpack(Tensor packed, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
+marlin_unpermute_scales(Tensor scales, int in_features, int group_size) -> Tensor
+moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, bool pair_ids, Tensor? expert_map) -> (Tensor, Tensor, Tensor)
+moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)
+moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor
+moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, int intermediate_size, str activation) -> Tensor
+qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved=False) -> Tensor
+rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
+route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)
+silu_mul(Tensor gate_up) -> Tensor
+silu_mul.gate_up(Tensor gate, Tensor up) -> Tensor
+silu_mul_out(Tensor gate_up, int in_row, Tensor(a!) out, int out_row, int rows) -> ()
+split_qkv_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)
+weighted_sum(Tensor slots, Tensor weights) -> Tensor""",
+    )
