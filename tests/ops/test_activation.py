@@ -32,11 +32,11 @@ def test_every_form_gives_the_same_bits(dtype, isa):
     assert torch.equal(ferrum_ops.silu_mul(gate_up), ferrum_ops.silu_mul(gate, up))
 
 
-def test_exponential_is_good_to_a_few_units_in_the_last_place(isa):
+def test_error_is_below_three_units_in_the_last_place(isa):
     gate = torch.linspace(-87, 100, 200_001)
     got = OPS.silu_mul.gate_up(gate, torch.ones_like(gate)).double()
     error = (got - F.silu(gate.double())).abs() / F.silu(gate.double()).abs().clamp_min(1e-37)
-    assert error.max() < 4 * 2**-23
+    assert error.max() < 2 * 2**-23
 
 
 def test_saturated_gates(isa):

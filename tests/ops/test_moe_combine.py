@@ -95,6 +95,13 @@ def test_every_16_bit_value_is_read_and_written_exactly(dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_nan_with_every_bit_set_stays_nan(dtype, isa):
+    # Rounded as a number, its bits would carry into the sign.
+    weights = torch.tensor([[2**31 - 1]], dtype=torch.int32).view(torch.float32)
+    assert OPS.weighted_sum(torch.ones(1, 1, 23, dtype=dtype), weights).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_results_are_rounded_to_nearest_even(dtype, isa):
     a, b = torch.randint(-(2**15), 2**15, (2, 200_003)).to(torch.int16).view(dtype).unbind()
     b[::2] = a[::2] * 2**-9  # around half a unit in the last place of a
