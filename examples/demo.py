@@ -31,7 +31,7 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Te
     return model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
-def tokens_per_second(model: torch.nn.Module, ids: torch.Tensor, tokens: int, repeats: int = 5) -> float:
+def tokens_per_second(model: torch.nn.Module, ids: torch.Tensor, tokens: int, repeats: int = 3) -> float:
     """Median over `repeats` greedy continuations, the prompt's own pass included."""
     seconds = []
     for _ in range(repeats):
@@ -59,9 +59,11 @@ def dense_twin(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> HfQwen3MoeForC
     config = model.config.__class__.from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
+    logging.disable_progress_bar()
     twin = HfQwen3MoeForCausalLM.from_pretrained(
         None, config=config, state_dict=dense_state_dict(model, dtype), dtype=dtype
     )
+    logging.enable_progress_bar()
     twin.generation_config = model.generation_config
     return twin.eval()
 

@@ -63,10 +63,16 @@ def test_load_report(tmp_path):
         report = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).load_report
     assert report.seconds > 0 and report.peak_nbytes > report.baseline_nbytes > 0
     assert report.model_nbytes < report.dense_nbytes
-    assert_expected_inline(report.layouts(), """\
+    assert_expected_inline(
+        report.layouts(),
+        """\
 dense: 1 modules, 65,536 bytes (dense 65,536)
-int4_cpu: 4 modules, 68,352 bytes (dense 438,272)""")
-    assert_expected_inline("\n".join(report.warnings), """[load] 2 8-bit linears (model.layers.0.self_attn.o_proj, ...) have no packed kernel for their bits or groups: dequantised to float32, 0.1 MB instead of 0.0 MB""")
+int4_cpu: 4 modules, 68,352 bytes (dense 438,272)""",
+    )
+    assert_expected_inline(
+        "\n".join(report.warnings),
+        """[load] 2 8-bit linears (model.layers.0.self_attn.o_proj, ...) have no packed kernel for their bits or groups: dequantised to float32, 0.1 MB instead of 0.0 MB""",
+    )
 
 
 def test_load_report_is_readable():
@@ -78,10 +84,13 @@ def test_load_report_is_readable():
         4000,
         3000,
     )
-    assert_expected_inline(str(report), """\
+    assert_expected_inline(
+        str(report),
+        """\
 loaded in 1.50 s, 1,000 bytes (dense 2,050), peak resident 4,000 bytes
 int4_cpu: 2 modules, 150 bytes (dense 1,200)
-careful""")
+careful""",
+    )
 
 
 def test_memory_footprint_counts_what_is_held(tmp_path):
