@@ -170,7 +170,11 @@ def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: i
     if compile_reference:
         torch._dynamo.reset()
         compiled = torch.compile(ferrum_ops.OPS[case.op].ref, dynamic=False)
-        functions["compiled"] = lambda: compiled(*case.arguments)
+        try:
+            compiled(*case.arguments)
+            functions["compiled"] = lambda: compiled(*case.arguments)
+        except torch._inductor.exc.InductorError as error:
+            print(f"{case.op} {case.label}: the compiler fails on the reference: {str(error).splitlines()[0]}")
     with torch.no_grad():
         timings = compare(functions, repeats=repeats)
     own = timings["op"]
