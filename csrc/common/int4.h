@@ -1,8 +1,8 @@
 // The "int4_cpu" layout, without torch.
 //
-// A matrix of N output columns is cut into tiles of 16 columns; a tile holds its K_packed rows in lines of 64 bytes, eight
-// rows to a line. Byte 4c+b of line i holds row 8i+b of column c in the low nibble and row 8i+4+b in the high nibble, so
-// that one load feeds two 16-lane dot products of four int8 values each.
+// A matrix of N output columns is cut into tiles of 16 columns; a tile holds its K_packed rows in lines of 64 bytes,
+// eight rows to a line. Byte 4c+b of line i holds row 8i+b of column c in the low nibble and row 8i+4+b in the high
+// nibble, so that one load feeds two 16-lane dot products of four int8 values each.
 //   codes  uint8   [N_pad/16, K_packed/8, 64]    N_pad = N rounded up to 16
 //   scales float16 [N_pad/16, G, 16]             G = ceil(K_packed / group_size); the last group may be shorter
 //   zeros  uint8   [N_pad/16, G, 16], 0..16      absent: every zero point is 8

@@ -26,8 +26,8 @@ bool ActivationBuffer::fill(const Int4Kernels& kernels, int64_t row, const float
   }
   if (layout_.int8) {
     const int64_t groups = layout_.groups();
-    kernels.quantize_row(ordered, packed, layout_.group_size, codes_.get() + row * packed,
-                         scales_.get() + row * groups, sums_.get() + row * groups);
+    kernels.quantize_row(ordered, packed, layout_.group_size, codes_.get() + row * packed, scales_.get() + row * groups,
+                         sums_.get() + row * groups);
   }
   return valid;
 }

@@ -105,7 +105,7 @@ void int8_group(const Group& group, int64_t g, const ActivationRows& rows, const
   int64_t at[R];
   __m256i dot[R][2];
   for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids ? row_ids[first_row + r] : first_row + r;
+    const int64_t row = row_ids[first_row + r];
     codes[r] = rows.codes + row * rows.packed_rows + group.first_row;
     at[r] = row * rows.groups + g;
     const __m256i sum = _mm256_set1_epi32(-rows.sums[at[r]]);
@@ -191,7 +191,7 @@ void full_block(const FullPanel& panel, const Group& group, int64_t g, const Act
   const float* values[R];
   __m256 dot[R][2];
   for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids ? row_ids[first_row + r] : first_row + r;
+    const int64_t row = row_ids[first_row + r];
     values[r] = rows.values + row * rows.packed_rows + group.first_row;
     dot[r][0] = dot[r][1] = _mm256_setzero_ps();
   }

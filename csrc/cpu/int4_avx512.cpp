@@ -9,11 +9,14 @@
 #include "common/int4.h"
 
 #if defined(__clang__)
+#define FERRUM_KEEP_ACCUMULATORS __attribute__((noinline))
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma"))), \
                              apply_to = function)
 #else
+#define FERRUM_KEEP_ACCUMULATORS __attribute__((noinline, optimize("no-tree-coalesce-vars")))
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false positives in GCC's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives in GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 namespace ferrum::cpu {
@@ -78,13 +81,15 @@ inline __m512 add_group(__m512 acc, __m512i dot, __m512 weight_scales, float act
 
 // Few rows: every packed line is read once, straight into R dot products. Bound by memory for R <= 4.
 template <int R>
-void int8_direct(const Int4Weights& w, int64_t tile, const ActivationRows& rows, const int32_t* row_ids, float* out) {
+FERRUM_KEEP_ACCUMULATORS void int8_direct(const Int4Weights& w, int64_t tile, const ActivationRows& rows,
+                                          const int32_t* row_ids, float* out) {
   const __m512i low_nibbles = _mm512_set1_epi8(15);
   const int8_t* codes[R];
   int64_t first_group[R];
   __m512 acc[R];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids ? row_ids[r] : r;
+    const int64_t row = row_ids[r];
     codes[r] = rows.codes + row * rows.packed_rows;
     first_group[r] = row * rows.groups;
     acc[r] = _mm512_setzero_ps();
@@ -95,6 +100,7 @@ void int8_direct(const Int4Weights& w, int64_t tile, const ActivationRows& rows,
     const int64_t at = (tile * w.groups + g) * kTileColumns;
     const __m512i zeros = load_zeros(w, at);
     __m512i low[R], high[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       low[r] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-rows.sums[first_group[r] + g]));
       high[r] = _mm512_setzero_si512();
@@ -105,6 +111,7 @@ void int8_direct(const Int4Weights& w, int64_t tile, const ActivationRows& rows,
       _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
       const __m512i even = _mm512_and_si512(packed, low_nibbles);
       const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         low[r] = _mm512_dpbusd_epi32(low[r], even, broadcast_codes(codes[r] + i * kLineRows));
         high[r] = _mm512_dpbusd_epi32(high[r], odd, broadcast_codes(codes[r] + i * kLineRows + 4));
@@ -112,10 +119,12 @@ void int8_direct(const Int4Weights& w, int64_t tile, const ActivationRows& rows,
     }
     first_line = last_line;
     const __m512 scales = load_scales(w, at);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       acc[r] = add_group(acc[r], _mm512_add_epi32(low[r], high[r]), scales, rows.scales[first_group[r] + g]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     _mm512_storeu_ps(out + r * kPanelColumns, acc[r]);
   }
@@ -152,36 +161,45 @@ struct Int8Panel {
   }
 };
 
-// Adds one group of R rows times T tiles to out: R * T accumulators stay in registers.
+// Adds one group of R rows times T tiles to out: R * T accumulators stay in registers. That needs the loops unrolled
+// early and, with GCC 12, the attribute: else half of the accumulators spill and the block takes twice the time.
 template <int R, int T>
-void int8_block(const Int8Panel<T>& panel, int64_t g, int64_t group_size, const ActivationRows& rows,
-                const int32_t* row_ids, int64_t first_row, int64_t tile_step, float* out) {
+FERRUM_KEEP_ACCUMULATORS void int8_block(const Int8Panel<T>& panel, int64_t g, int64_t group_size,
+                                         const ActivationRows& rows, const int32_t* row_ids, int64_t first_row,
+                                         int64_t tile_step, float* out) {
   const int8_t* codes[R];
   int64_t group[R];
   __m512i dot[R][T];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids ? row_ids[first_row + r] : first_row + r;
+    const int64_t row = row_ids[first_row + r];
     codes[r] = rows.codes + row * rows.packed_rows + g * group_size;
     group[r] = row * rows.groups + g;
     const __m512i sum = _mm512_set1_epi32(-rows.sums[group[r]]);
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       dot[r][t] = _mm512_mullo_epi32(panel.zeros[t], sum);
     }
   }
-  for (int64_t s = 0; s < panel.steps; ++s) {
+  int64_t s = 0;
+  do {
     __m512i weights[T];
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       weights[t] = _mm512_load_si512(panel.codes[s][t]);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512i activations = broadcast_codes(codes[r] + 4 * s);
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], weights[t], activations);
       }
     }
-  }
+  } while (++s < panel.steps);
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       float* o = out + (first_row + r) * kPanelColumns + t * tile_step * kTileColumns;
       const __m512 acc = g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(o);
@@ -202,41 +220,86 @@ void int8_panel(const Int4Weights& w, int64_t first_tile, int64_t tile_step, con
       int8_block<6, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
     }
     switch (num_rows - r) {
-      case 5: int8_block<5, T>(panel, g, group_size, rows, row_ids, r, tile_step, out); break;
-      case 4: int8_block<4, T>(panel, g, group_size, rows, row_ids, r, tile_step, out); break;
-      case 3: int8_block<3, T>(panel, g, group_size, rows, row_ids, r, tile_step, out); break;
-      case 2: int8_block<2, T>(panel, g, group_size, rows, row_ids, r, tile_step, out); break;
-      case 1: int8_block<1, T>(panel, g, group_size, rows, row_ids, r, tile_step, out); break;
-      default: break;
+      case 5:
+        int8_block<5, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
+        break;
+      case 4:
+        int8_block<4, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
+        break;
+      case 3:
+        int8_block<3, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
+        break;
+      case 2:
+        int8_block<2, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
+        break;
+      case 1:
+        int8_block<1, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
+        break;
+      default:
+        break;
     }
+  }
+}
+
+void int8_few_rows(const Int4Weights& w, int64_t tile, const ActivationRows& rows, const int32_t* row_ids,
+                   int64_t num_rows, float* out) {
+  switch (num_rows) {
+    case 8:
+      int8_direct<8>(w, tile, rows, row_ids, out);
+      break;
+    case 7:
+      int8_direct<7>(w, tile, rows, row_ids, out);
+      break;
+    case 6:
+      int8_direct<6>(w, tile, rows, row_ids, out);
+      break;
+    case 5:
+      int8_direct<5>(w, tile, rows, row_ids, out);
+      break;
+    case 4:
+      int8_direct<4>(w, tile, rows, row_ids, out);
+      break;
+    case 3:
+      int8_direct<3>(w, tile, rows, row_ids, out);
+      break;
+    case 2:
+      int8_direct<2>(w, tile, rows, row_ids, out);
+      break;
+    case 1:
+      int8_direct<1>(w, tile, rows, row_ids, out);
+      break;
+    default:
+      break;
   }
 }
 
 void int8_tiles(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
                 const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out) {
-  if (num_rows <= 4) {
+  // Twice eight rows still cost less straight from the packed tile, then in the first-level cache, than unpacking it.
+  if (num_rows <= 16) {
+    const int64_t first_rows = num_rows <= 8 ? num_rows : (num_rows + 1) / 2;
     for (int64_t t = 0; t < num_tiles; ++t) {
       const int64_t tile = first_tile + t * tile_step;
       float* o = out + t * tile_step * kTileColumns;
-      switch (num_rows) {
-        case 4: int8_direct<4>(w, tile, rows, row_ids, o); break;
-        case 3: int8_direct<3>(w, tile, rows, row_ids, o); break;
-        case 2: int8_direct<2>(w, tile, rows, row_ids, o); break;
-        case 1: int8_direct<1>(w, tile, rows, row_ids, o); break;
-        default: break;
+      int8_few_rows(w, tile, rows, row_ids, first_rows, o);
+      if (first_rows < num_rows) {
+        int8_few_rows(w, tile, rows, row_ids + first_rows, num_rows - first_rows, o + first_rows * kPanelColumns);
       }
     }
     return;
   }
   int64_t t = 0;
   for (; t + 4 <= num_tiles; t += 4) {
-    int8_panel<4>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows, out + t * tile_step * kTileColumns);
+    int8_panel<4>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows,
+                  out + t * tile_step * kTileColumns);
   }
   for (; t + 2 <= num_tiles; t += 2) {
-    int8_panel<2>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows, out + t * tile_step * kTileColumns);
+    int8_panel<2>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows,
+                  out + t * tile_step * kTileColumns);
   }
   if (t < num_tiles) {
-    int8_panel<1>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows, out + t * tile_step * kTileColumns);
+    int8_panel<1>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows,
+                  out + t * tile_step * kTileColumns);
   }
 }
 
@@ -273,7 +336,7 @@ void full_block(const FullPanel& panel, int64_t g, int64_t group_size, const Act
   const float* values[R];
   __m512 dot[R][2];
   for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids ? row_ids[first_row + r] : first_row + r;
+    const int64_t row = row_ids[first_row + r];
     values[r] = rows.values + row * rows.packed_rows + g * group_size;
     dot[r][0] = dot[r][1] = _mm512_setzero_ps();
   }

@@ -147,7 +147,7 @@ void for_each_group(const Int4Weights& w, int64_t first_tile, int64_t tile_step,
     for (int64_t g = 0; g < w.groups; ++g) {
       unpacked.unpack(w, first_tile + t * tile_step, g);
       for (int64_t r = 0; r < num_rows; ++r) {
-        multiply(unpacked, g, row_ids ? row_ids[r] : r, column + r * kPanelColumns);
+        multiply(unpacked, g, row_ids[r], column + r * kPanelColumns);
       }
     }
   }

@@ -21,11 +21,11 @@ struct Int4Weights {
 // The int8 value stands for code * scale; a group with a NaN or an infinity has codes 0 and scale NaN, so that every
 // product with it is NaN. Codes lie in [-127, 127].
 struct ActivationRows {
-  const int8_t* codes;   // [rows, packed_rows]
-  const float* scales;   // [rows, groups]
-  const int32_t* sums;   // [rows, groups]: sum of the codes of a group
-  const float* values;   // [rows, packed_rows] when the activations are kept
-  int64_t packed_rows;   // K_packed
+  const int8_t* codes;  // [rows, packed_rows]
+  const float* scales;  // [rows, groups]
+  const int32_t* sums;  // [rows, groups]: sum of the codes of a group
+  const float* values;  // [rows, packed_rows] when the activations are kept
+  int64_t packed_rows;  // K_packed
   int64_t groups;
 };
 
@@ -35,10 +35,10 @@ constexpr int64_t kPanelColumns = 64;
 // A tile kernel is efficient up to this many rows: its output and an unpacked panel stay in the first-level cache.
 constexpr int64_t kRowBlock = 48;
 
-// out[r, 16 * t * tile_step + c] = activations of row row_ids[r] (r itself when null) times column c of tile
+// out[r, 16 * t * tile_step + c] = activations of row row_ids[r] times column c of tile
 // first_tile + t * tile_step, for t in [0, num_tiles); num_tiles * tile_step <= 4 or so that the columns fit the panel.
-// Groups are added in ascending order as acc + float(dot) * (weight_scale * activation_scale), each operation rounded to
-// fp32: every level and every number of rows gives the same bits for int8 activations.
+// Groups are added in ascending order as acc + float(dot) * (weight_scale * activation_scale), each operation rounded
+// to fp32: every level and every number of rows gives the same bits for int8 activations.
 using TileKernel = void (*)(const Int4Weights& weights, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
                             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out);
 

@@ -148,8 +148,8 @@ Tensor int4_pack(const Tensor& qweight, std::optional<Tensor> perm, int64_t in_f
   const int32_t* entries = perm ? data<int32_t>(*perm) : nullptr;
   uint8_t* out = mutable_data<uint8_t>(packed);
   const int64_t task_bytes = kLinesPerTask * kLineBytes * shape.tiles();
-  torch::stable::parallel_for(0, int4::ceil_div(shape.lines(), kLinesPerTask), std::max<int64_t>(1, kTaskBytes / task_bytes),
-                              [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, int4::ceil_div(shape.lines(), kLinesPerTask),
+                              std::max<int64_t>(1, kTaskBytes / task_bytes), [&](int64_t begin, int64_t end) {
                                 for (int64_t task = begin; task < end; ++task) {
                                   const int64_t first = task * kLinesPerTask;
                                   const int64_t last = std::min(shape.lines(), first + kLinesPerTask);
@@ -183,8 +183,8 @@ Tensor int4_unpack(const Tensor& packed, std::optional<Tensor> perm, int64_t in_
   Tensor qweight = torch::stable::new_empty(packed, {words, out_features}, ScalarType::Int);
   uint32_t* out = mutable_data<uint32_t>(qweight);
   const int64_t task_bytes = kLinesPerTask * kLineBytes * shape.tiles();
-  torch::stable::parallel_for(0, int4::ceil_div(shape.lines(), kLinesPerTask), std::max<int64_t>(1, kTaskBytes / task_bytes),
-                              [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, int4::ceil_div(shape.lines(), kLinesPerTask),
+                              std::max<int64_t>(1, kTaskBytes / task_bytes), [&](int64_t begin, int64_t end) {
                                 for (int64_t task = begin; task < end; ++task) {
                                   const int64_t first = task * kLinesPerTask;
                                   unpack_lines(shape, in, first, std::min(shape.lines(), first + kLinesPerTask), out);

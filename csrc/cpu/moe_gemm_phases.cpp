@@ -11,12 +11,12 @@ namespace {
 
 // (token, slot) pairs sorted by expert, in the order of the tokens inside one expert. Skipped pairs have no row.
 struct Routing {
-  std::vector<int32_t> active;     // experts that have rows, ascending
-  std::vector<int32_t> offsets;    // rows of active[a]: [offsets[a], offsets[a + 1])
-  std::vector<int32_t> token;      // of each row
-  std::vector<int32_t> expert;     // of each row
-  std::vector<int32_t> identity;   // 0, 1, 2, ...: the row ids of buffers that are in this order themselves
-  std::vector<int32_t> row_of;     // of each pair, -1 for a skipped one
+  std::vector<int32_t> active;    // experts that have rows, ascending
+  std::vector<int32_t> offsets;   // rows of active[a]: [offsets[a], offsets[a + 1])
+  std::vector<int32_t> token;     // of each row
+  std::vector<int32_t> expert;    // of each row
+  std::vector<int32_t> identity;  // 0, 1, 2, ...: the row ids of buffers that are in this order themselves
+  std::vector<int32_t> row_of;    // of each pair, -1 for a skipped one
 
   int64_t rows() const { return static_cast<int64_t>(token.size()); }
 
@@ -200,8 +200,8 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
         const int64_t tile = p * kPanelTiles;
         for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
           const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
-          tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs,
-                       routing.identity.data() + row, rows, mine + (p - first) * panel_floats + row * kPanelColumns);
+          tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs, routing.identity.data() + row,
+                       rows, mine + (p - first) * panel_floats + row * kPanelColumns);
         }
       }
     }
