@@ -1,0 +1,90 @@
+"""The routed experts of one Qwen3-30B-A3B layer with cold weights.
+
+    python benchmarks/ops/bench_moe_gemm.py [--tokens 1 8 512] [--activation int8] [--dtype float32] [--layers 3]
+
+Calls go round several layers, whose weights together do not fit any cache, with fresh uniform routing each time.
+Printed per number of tokens: median microseconds and quartiles, GB/s of the weights of the experts in use, that as a
+fraction of the read bandwidth measured in the same run, and billions of integer operations per second.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import ferrum_ops
+from ferrum_ops.formats import int4
+from ferrum_ops.testing.timing import Case, bytes_of, check_case, read_bandwidth
+
+HIDDEN, WIDTH, EXPERTS, TOP_K, GROUP_SIZE = 2048, 768, 128, 8, 128
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
+
+def random_layer(experts: int = EXPERTS) -> tuple[Any, ...]:
+    """The arguments from `w13` to `intermediate_size`."""
+
+    def matrix(in_features: int, out_features: int) -> tuple[Any, ...]:
+        packed = torch.randint(0, 256, (experts, out_features // 16, in_features // 8, 64), dtype=torch.uint8)
+        scales = torch.rand(experts, in_features // GROUP_SIZE, out_features).mul_(0.01).half()
+        return packed, int4.pack_groups(scales), None, None, GROUP_SIZE
+
+    return (*matrix(HIDDEN, 2 * WIDTH), *matrix(WIDTH, HIDDEN), WIDTH)
+
+
+def routing(tokens: int, experts: int = EXPERTS) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = torch.rand(tokens, experts).topk(min(TOP_K, experts))
+    return ids.to(torch.int32), weights
+
+
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    """Small enough to be checked against the float64 reference; operands warm."""
+    layer = random_layer(experts=8)
+    for tokens in (1, 4, 64):
+        hidden, (ids, weights) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, 8)
+        for activation in ("int8", "full"):
+            label = f"T={tokens} E=8 {activation}"
+            yield Case("moe_experts_int4", label, (hidden, ids, weights, *layer, activation), bytes_of(*layer[:2]))
+
+
+def run(tokens: int, layers: list[tuple[Any, ...]], activation: str, dtype: torch.dtype, bandwidth: float) -> None:
+    hidden = torch.randn(tokens, HIDDEN).to(dtype)
+    expert_bytes = sum(bytes_of(layers[0][i]) for i in (0, 1, 5, 6)) / EXPERTS
+    seconds, rates = [], []
+    for call in range(60 if tokens <= 16 else 15):
+        ids, weights = routing(tokens)
+        arguments = (hidden, ids, weights, *layers[call % len(layers)], activation)
+        start = time.perf_counter()
+        torch.ops.ferrum.moe_experts_int4(*arguments)
+        seconds.append(time.perf_counter() - start)
+        rates.append(ids.unique().numel() * expert_bytes / seconds[-1])
+    lower, median, upper = torch.tensor(seconds).mul(1e6).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    rate = sorted(rates)[len(rates) // 2]
+    operations = 2 * tokens * TOP_K * 3 * HIDDEN * WIDTH / (median * 1e3)
+    quartiles = f"[{lower:.0f}, {upper:.0f}]"
+    print(
+        f"{tokens:>6}{median:>10.0f}{quartiles:>20}{rate / 1e9:>8.1f}{rate / bandwidth:>9.2f}{operations:>8.0f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--activation", default="int8", choices=["int8", "full"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--layers", type=int, default=3)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    for case in cases(dtype):
+        check_case(case)
+    bandwidth = read_bandwidth()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU level {ferrum_ops.cpu_isa()}, "
+        f"memory reads at {bandwidth / 1e9:.1f} GB/s; {args.activation} activations; weights cold"
+    )
+    print(f"{'T':>6}{'us':>10}{'quartiles':>20}{'GB/s':>8}{'of read':>9}{'GOP/s':>8}")
+    layers = [random_layer() for _ in range(args.layers)]
+    for tokens in args.tokens:
+        run(tokens, layers, args.activation, dtype, bandwidth)
