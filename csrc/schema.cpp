@@ -3,8 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ferrum, m) {
+  m.def("add_bias_(Tensor(a!) x, Tensor bias) -> ()");
+  m.def("embedding_lookup(Tensor table, Tensor ids) -> Tensor");
   m.def("fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
+  m.def("gather_columns(Tensor x, Tensor perm) -> Tensor");
+  m.def("gelu(Tensor x) -> Tensor");
   m.def(
       "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
       "ScalarType dtype) -> Tensor");
@@ -13,6 +17,7 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "int out_features, int group_size, str activation) -> Tensor");
   m.def("int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor");
   m.def("int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def("marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor");
   m.def("marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor");
   m.def("marlin_unpack(Tensor packed, Tensor? perm, int in_features, int out_features, int bits) -> Tensor");
@@ -32,11 +37,17 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "bool interleaved=False) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
+  m.def("scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("silu_mul.gate_up(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_out(Tensor gate_up, int in_row, Tensor(a!) out, int out_row, int rows) -> ()");
   m.def(
+      "split_qkv(Tensor(a) qkv, int num_heads, int num_kv_heads, int head_dim) "
+      "-> (Tensor(a), Tensor(a), Tensor(a))");
+  m.def(
       "split_qkv_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
       "Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("transpose_head_to_token(Tensor(a) x) -> Tensor(a)");
+  m.def("transpose_token_to_head(Tensor(a) x) -> Tensor(a)");
   m.def("weighted_sum(Tensor slots, Tensor weights) -> Tensor");
 }

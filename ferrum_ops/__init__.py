@@ -2,6 +2,17 @@
 
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
 from ferrum_ops.ops.activation import silu_mul, silu_mul_out
+from ferrum_ops.ops.elementwise import (
+    add_bias_,
+    embedding_lookup,
+    gather_columns,
+    gelu,
+    layer_norm,
+    scaled_add_,
+    split_qkv,
+    transpose_head_to_token,
+    transpose_token_to_head,
+)
 from ferrum_ops.ops.gptq import gptq_dequantize
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
 from ferrum_ops.ops.marlin import marlin_permute_scales, marlin_repack, marlin_unpack, marlin_unpermute_scales
@@ -14,14 +25,19 @@ from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope
 __all__ = [
     "CPU_ISA_LEVELS",
     "OPS",
+    "add_bias_",
     "backends",
     "cpu_isa",
+    "embedding_lookup",
     "fused_add_rms_norm",
     "fused_add_rms_norm_",
+    "gather_columns",
+    "gelu",
     "gptq_dequantize",
     "int4_linear",
     "int4_pack",
     "int4_unpack",
+    "layer_norm",
     "marlin_permute_scales",
     "marlin_repack",
     "marlin_unpack",
@@ -33,9 +49,13 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "route_topk_softmax",
+    "scaled_add_",
     "silu_mul",
     "silu_mul_out",
+    "split_qkv",
     "split_qkv_norm_rope",
+    "transpose_head_to_token",
+    "transpose_token_to_head",
     "use_cpu_isa",
     "weighted_sum",
 ]

@@ -35,8 +35,9 @@ class Op:
     name: str  # "rms_norm", or with its overload "silu_mul.gate_up"
     family: str  # stem of its file in every folder
     ref: Callable[..., Any]  # pure torch, any device: the oracle
-    fake: Callable[..., Any] | None  # None for an op that only mutates
+    fake: Callable[..., Any] | None  # None for an op that only mutates, and for a composite
     inputs: Callable[..., Iterator[tuple[Any, ...]]]  # (device, dtype) -> argument tuples
+    composite: bool = False  # the reference is a line of ATen that tracing and autograd see through
 
 
 #: Every registered op by name.
@@ -47,18 +48,20 @@ def register(
     name: str,
     *,
     ref: Callable[..., Any],
-    fake: Callable[..., Any] | None,
     inputs: Callable[..., Iterator[tuple[Any, ...]]],
+    fake: Callable[..., Any] | None = None,
+    composite: bool = False,
 ) -> None:
     """Attach `ref` as the kernel of every device without one of its own, and `fake` for tracing.
 
+    A `composite` op is its reference on every device. Tracing and autograd see the ATen ops inside, so it has no fake.
     The family is the stem of the module that calls this.
     """
     family = ref.__module__.rpartition(".")[2]
-    _fragment.impl(name, ref, "CompositeExplicitAutograd")
+    _fragment.impl(name, ref, "CompositeImplicitAutograd" if composite else "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"ferrum::{name}", fake, lib=_fragment)
-    OPS[name] = Op(name, family, ref, fake, inputs)
+    OPS[name] = Op(name, family, ref, fake, inputs, composite)
 
 
 def refuse_grad(op: str, *tensors: torch.Tensor | None) -> None:
@@ -72,16 +75,18 @@ def refuse_grad(op: str, *tensors: torch.Tensor | None) -> None:
 def backends() -> dict[str, dict[str, str]]:
     """Which kernel serves each op on each device.
 
-    Returns `{op: {"cpu" | "cuda" | "mps": "kernel" | "reference"}}`; "reference" is the pure-torch formula.
+    Returns `{op: {"cpu" | "cuda" | "mps": "kernel" | "reference" | "composite"}}`; "reference" is the pure-torch
+    formula, "composite" a line of ATen that needs no kernel of its own.
     """
     keys = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS"}
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {
-        name: {
-            device: "kernel" if has(f"ferrum::{name}", key) else "reference" for device, key in keys.items()
-        }
-        for name in sorted(OPS)
-    }
+
+    def served_by(op: Op, key: str) -> str:
+        if op.composite:
+            return "composite"
+        return "kernel" if has(f"ferrum::{op.name}", key) else "reference"
+
+    return {name: {device: served_by(op, key) for device, key in keys.items()} for name, op in sorted(OPS.items())}
 
 
 def cpu_isa() -> str:

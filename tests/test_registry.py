@@ -83,7 +83,12 @@ def test_every_schema_is_registered(name):
     op = ferrum_ops.OPS.get(name)
     assert op is not None, f"{name}: no reference; call register() in ferrum_ops/ops/<family>.py"
     returns = len(torch_op(name)._schema.returns) > 0
-    assert op.fake is not None or not returns, f"{name}: an op that returns something needs a fake"
+    assert op.fake is not None or op.composite or not returns, f"{name}: an op that returns something needs a fake"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"ferrum::{name}", "CompositeImplicitAutograd") == op.composite
+    if op.composite:
+        kernels = [key for key in ("CPU", "CUDA", "MPS", "Meta") if has(f"ferrum::{name}", key)]
+        assert op.fake is None and not kernels, f"{name}: a composite op is its reference everywhere, got {kernels}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +147,8 @@ def test_files_are_named_after_their_family(folder):
 
 def test_every_family_registers_its_cpu_kernels_in_one_file():
     for family in FAMILIES:
-        names = [n for n, op in ferrum_ops.OPS.items() if op.family == family and n not in NO_CPU_KERNEL]
+        ops = [op for op in ferrum_ops.OPS.values() if op.family == family]
+        names = [op.name for op in ops if not op.composite and op.name not in NO_CPU_KERNEL]
         assert not names or (ROOT / "csrc" / "cpu" / f"{family}.cpp").exists(), f"expected csrc/cpu/{family}.cpp"
 
 
@@ -220,12 +226,17 @@ def test_schemas_are_frozen():
     assert_expected_inline(
         schemas,
         """\
+add_bias_(Tensor(a!) x, Tensor bias) -> ()
+embedding_lookup(Tensor table, Tensor ids) -> Tensor
 fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)
 fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()
+gather_columns(Tensor x, Tensor perm) -> Tensor
+gelu(Tensor x) -> Tensor
 gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
 int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor
+layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor
 marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor
 marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
 marlin_unpack(Tensor packed, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
@@ -237,9 +248,13 @@ moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13
 qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved=False) -> Tensor
 rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
 route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)
+scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()
 silu_mul(Tensor gate_up) -> Tensor
 silu_mul.gate_up(Tensor gate, Tensor up) -> Tensor
 silu_mul_out(Tensor gate_up, int in_row, Tensor(a!) out, int out_row, int rows) -> ()
+split_qkv(Tensor(a) qkv, int num_heads, int num_kv_heads, int head_dim) -> (Tensor(a), Tensor(a), Tensor(a))
 split_qkv_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)
+transpose_head_to_token(Tensor(a) x) -> Tensor(a)
+transpose_token_to_head(Tensor(a) x) -> Tensor(a)
 weighted_sum(Tensor slots, Tensor weights) -> Tensor""",
     )
