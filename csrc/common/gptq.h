@@ -1,5 +1,5 @@
-// GPTQ words, without torch: where the code of a row lies, and how v1 words become zero points. The layout is described in
-// ferrum_ops/formats/gptq.py.
+// GPTQ words, without torch: where the code of a row lies, and how v1 words become zero points. The layout is described
+// in ferrum_ops/formats/gptq.py.
 #pragma once
 
 #include <cstdint>

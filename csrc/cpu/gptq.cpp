@@ -131,9 +131,9 @@ Tensor gptq_dequantize(const Tensor& qweight, const Tensor& qzeros, const Tensor
   const int32_t* groups = g_idx.has_value() ? data<int32_t>(*g_idx) : nullptr;
   const int32_t* weights = data<int32_t>(qweight);
   const GptqRowKernel kernel = row_kernel();
-  const GptqOutput type = dtype == ScalarType::Float ? GptqOutput::f32
-      : dtype == ScalarType::Half                    ? GptqOutput::f16
-                                                     : GptqOutput::bf16;
+  const GptqOutput type = dtype == ScalarType::Float  ? GptqOutput::f32
+                          : dtype == ScalarType::Half ? GptqOutput::f16
+                                                      : GptqOutput::bf16;
   const int64_t row_bytes = columns * (type == GptqOutput::f32 ? 4 : 2);
   char* result = mutable_data<char>(out);
   const int64_t grain = std::max<int64_t>(1, kGrain / (columns * codes));

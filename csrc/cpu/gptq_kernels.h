@@ -7,7 +7,8 @@ namespace ferrum::cpu {
 
 enum class GptqOutput { f32, f16, bf16 };
 
-// One row of weights. A code is `(low[n] >> shift | high[n] << (32 - shift)) & mask`; high is null unless it crosses words.
+// One row of weights. A code is `(low[n] >> shift | high[n] << (32 - shift)) & mask`; high is null unless it crosses
+// words.
 struct GptqRow {
   const int32_t* low;
   const int32_t* high;

@@ -1,6 +1,6 @@
-// The row kernel in plain loops, which every compiler turns into vectors, compiled once per instruction level: the including
-// file sets its target first and defines `floats_to_halves(const float*, int64_t, uint16_t*)`. In an unnamed namespace, so
-// that no level's code can be linked into another.
+// The row kernel in plain loops, which every compiler turns into vectors, compiled once per instruction level: the
+// including file sets its target first and defines `floats_to_halves(const float*, int64_t, uint16_t*)`. In an unnamed
+// namespace, so that no level's code can be linked into another.
 #include "cpu/gptq_kernels.h"
 
 namespace ferrum::cpu {
