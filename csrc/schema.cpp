@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "int out_features, int group_size, str activation) -> Tensor");
   m.def("int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor");
   m.def("int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor");
+  m.def("kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def("marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor");
   m.def("marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor");
@@ -32,6 +33,10 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, "
       "Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, "
       "int intermediate_size, str activation) -> Tensor");
+  m.def("paged_kv_write_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
+  m.def(
+      "paged_kv_write_int8_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale, Tensor(d!) v_scale, Tensor k, "
+      "Tensor v, Tensor slot_mapping) -> ()");
   m.def(
       "qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, "
       "bool interleaved=False) -> Tensor");

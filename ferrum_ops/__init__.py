@@ -15,6 +15,7 @@ from ferrum_ops.ops.elementwise import (
 )
 from ferrum_ops.ops.gptq import gptq_dequantize
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
+from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
 from ferrum_ops.ops.marlin import marlin_permute_scales, marlin_repack, marlin_unpack, marlin_unpermute_scales
 from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum
 from ferrum_ops.ops.moe_gemm import moe_experts_int4
@@ -37,6 +38,7 @@ __all__ = [
     "int4_linear",
     "int4_pack",
     "int4_unpack",
+    "kv_append_",
     "layer_norm",
     "marlin_permute_scales",
     "marlin_repack",
@@ -46,6 +48,8 @@ __all__ = [
     "moe_build_pairs_by_token",
     "moe_combine",
     "moe_experts_int4",
+    "paged_kv_write_",
+    "paged_kv_write_int8_",
     "qk_norm_rope",
     "rms_norm",
     "route_topk_softmax",

@@ -236,6 +236,7 @@ gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
 int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor
+kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()
 layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor
 marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor
 marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
@@ -245,6 +246,8 @@ moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, bool pair
 moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)
 moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor
 moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, int intermediate_size, str activation) -> Tensor
+paged_kv_write_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()
+paged_kv_write_int8_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale, Tensor(d!) v_scale, Tensor k, Tensor v, Tensor slot_mapping) -> ()
 qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved=False) -> Tensor
 rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
 route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)
