@@ -12,8 +12,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("FERRUM_NATIVE_DEBUG", "0") == "1"
-# The oldest torch whose stable ABI is used (2.10) and the oldest Python of the limited API (3.10).
-ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+# The oldest torch whose stable ABI is used: 2.10. (py_limited_api below states the oldest Python, 3.10.)
+ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def compile_flags() -> list[str]:
