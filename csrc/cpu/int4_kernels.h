@@ -18,8 +18,8 @@ struct Int4Weights {
 };
 
 // Activations in the order of the packed rows: int8 with one scale per group, or kept in fp32.
-// The int8 value stands for code * scale; a group with a NaN or an infinity has codes 0 and scale NaN, so that every
-// product with it is NaN. Codes lie in [-127, 127].
+// The int8 value stands for code * scale. A group with a NaN or an infinity has codes 0 and a scale that is NaN or
+// infinite, so that every product with it is NaN. Codes lie in [-127, 127].
 struct ActivationRows {
   const int8_t* codes;  // [rows, packed_rows]
   const float* scales;  // [rows, groups]

@@ -62,7 +62,7 @@ void quantize_group(const float* in, int64_t count, int8_t* codes, float* scale,
   const bool finite = magnitude < 0x7f800000;
   // Below 2^-100 the inverse scale could overflow, and the group adds nothing that fp32 would keep.
   const bool zero = largest < 7.8886090522101181e-31f;
-  *scale = !finite ? bits_float(0x7fc00000u) : zero ? 0.0f : largest / 127.0f;
+  *scale = zero ? 0.0f : largest / 127.0f;
   const float inverse = finite && !zero ? 127.0f / largest : 0.0f;
   int32_t total = 0;
   if (inverse == 0.0f) {

@@ -62,6 +62,16 @@ def test_extreme_zero_points(isa, zero):
         assert_close("int4_linear", linear(x, matrix, 32, 32, activation), oracle(x, matrix, 32, 32), bound)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_largest_products_do_not_overflow(isa, rows, sign):
+    """Every code 15 and every activation at its largest: the sums that 16-bit and 32-bit accumulators must hold."""
+    packed = torch.full((2, 32, 64), 255, dtype=torch.uint8)
+    matrix = (packed, torch.ones(2, 2, 16).half(), torch.zeros(2, 2, 16, dtype=torch.uint8), None)
+    out = linear(torch.full((rows, 256), sign), matrix, 32, 128, "int8")
+    torch.testing.assert_close(out, torch.full((rows, 32), sign * 15 * 256), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", ROWS)
 def test_int8_is_the_reference_bit_for_bit(isa, rows, dtype):
@@ -159,6 +169,13 @@ def test_pack_equals_reference_and_unpack_inverts(in_features, out_features):
         packed = ferrum_ops.int4_pack(qweight, order, in_features)
         assert torch.equal(packed, int4.pack(qweight, order, in_features))
         assert torch.equal(ferrum_ops.int4_unpack(packed, order, in_features, out_features), qweight)
+
+
+def test_pack_ignores_what_lies_behind_the_last_channel():
+    qweight = torch.full((1, 3), -1, dtype=torch.int32)
+    packed = ferrum_ops.int4_pack(qweight, None, 5)
+    assert torch.equal(packed, int4.pack(qweight, None, 5))
+    assert torch.equal(ferrum_ops.int4_unpack(packed, None, 5, 3), torch.full((1, 3), 0xFFFFF, dtype=torch.int32))
 
 
 def good():
