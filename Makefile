@@ -15,8 +15,9 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 INSTALL_STAMP := $(VENV)/.install-$(TORCH)
 BUILD_STAMP := $(VENV)/.build-$(TORCH)
 TOOLS_STAMP := $(VENV)/.tools
+DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-fast lint format table bench wheel clean
+.PHONY: help demo test test-fast lint format table docs bench wheel clean
 
 help:
 	@echo "make demo        load the example checkpoint, generate text, print a table"
@@ -25,6 +26,7 @@ help:
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make format      rewrite the sources as lint wants them"
 	@echo "make table       write the table of ops into README.md"
+	@echo "make docs        build the documentation into build/docs"
 	@echo "make bench       time the ops"
 	@echo "make wheel       build dist/*.whl"
 	@echo "make clean       remove what the build made (make VENV=... keeps its environment elsewhere)"
@@ -51,6 +53,10 @@ format: $(TOOLS_STAMP)
 
 table: $(BUILD_STAMP)
 	$(BIN)/python -m ferrum_ops.table --write README.md
+
+docs: $(BUILD_STAMP) $(DOCS_STAMP)
+	$(BIN)/python docs/reference.py build/docs-source
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs build/docs-source build/docs
 
 bench: $(BUILD_STAMP)
 	@set -e; for file in benchmarks/ops/bench_*.py; do echo; echo "$$file"; \
@@ -85,4 +91,8 @@ $(BUILD_STAMP): $(TORCH_STAMP) setup.py $(NATIVE)
 
 $(TOOLS_STAMP): $(TORCH_STAMP)
 	$(BIN)/python -m pip install --quiet ruff mypy pre-commit clang-format build torch-abi-audit
+	touch $@
+
+$(DOCS_STAMP): $(TORCH_STAMP)
+	$(BIN)/python -m pip install --quiet sphinx myst-parser furo
 	touch $@

@@ -1,0 +1,17 @@
+import torch
+
+import ferrum_ops
+from ferrum_ops.formats import gptq
+
+in_features, out_features, group_size = 128, 64, 32
+codes = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8)
+qweight = gptq.pack_rows(codes, bits=4)
+scales = torch.rand(in_features // group_size, out_features)
+
+packed = ferrum_ops.marlin_repack(qweight, None, in_features, out_features)
+print(tuple(qweight.shape), tuple(packed.shape))  # (16, 64) (8, 128)
+
+# Nothing is lost: a model writes its original checkpoint back.
+print(torch.equal(ferrum_ops.marlin_unpack(packed, None, in_features, out_features), qweight))  # True
+permuted = ferrum_ops.marlin_permute_scales(scales, in_features, group_size)
+print(torch.equal(ferrum_ops.marlin_unpermute_scales(permuted, in_features, group_size), scales))  # True
