@@ -47,7 +47,7 @@ class FerrumQuantizer(HfQuantizer):
             model.set_submodule(path, build())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        self.quantization_config.plans = ModulePlans()  # the plan holds the checkpoint's files open
+        self.quantization_config.plans.clear()  # it holds the checkpoint's files open, and copies share it
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 import warnings
@@ -50,10 +51,14 @@ def load_pretrained(
     start = time.perf_counter()
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     directory = find_directory(name_or_path, hub)
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory)
+    # The dtype is settled first: a configuration would take it for its own attribute.
+    torch_dtype, dtype_argument = kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None)
+    config = copy.deepcopy(kwargs.pop("config", None))
+    if config is None:  # as in transformers, names of its attributes among the arguments change it
+        config, kwargs = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **kwargs)
     if not isinstance(config, Qwen3MoeConfig):
         raise CheckpointError(directory / "config.json", None, "model_type 'qwen3_moe'", repr(config.model_type))
-    dtype = resolve_dtype(kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None), config)
+    dtype = resolve_dtype(torch_dtype, dtype_argument, config)
     settings = GptqSettings.find(directory, config)
     if quantize is not None and settings is not None:
         raise ValueError(f"[quantize] expected None for a checkpoint that is quantised already, got {quantize!r}")

@@ -163,7 +163,7 @@ def random_experts(
             up = (up[0].flip(-1).contiguous(), up[1].flip(-1).contiguous(), up[2], up[3])
         w13 = [None if g is None or u is None else layout.interleave_tiles(g, u) for g, u in zip(gate[:3], up[:3])]
         perms = [m[3] for m in (gate, up)[:perm_parts]]
-        columns["w13"].append((*w13, torch.stack(perms) if perms else None))  # type: ignore[arg-type]
+        columns["w13"].append((*w13, torch.stack(perms) if perms else None))
         columns["w2"].append(
             random_matrix(
                 intermediate_size,

@@ -1,7 +1,7 @@
 """The error metric and the one tolerance table of the project.
 
-The metric is `||out - ref|| / ||ref||` against an oracle in float64, with a bound on the largest single error (in units of
-the root mean square of the oracle) so that one wrong row in a big tensor is seen.
+The metric is `||out - ref|| / ||ref||` against an oracle in float64, with a bound on the largest single error (in units
+of the root mean square of the oracle) so that one wrong row in a big tensor is seen.
 """
 
 from __future__ import annotations

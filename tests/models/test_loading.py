@@ -1,5 +1,6 @@
 """Every form of GPTQ and dense checkpoint loads to transformers' logits, and saves back to the same bits."""
 
+import sys
 import warnings
 
 import pytest
@@ -188,3 +189,32 @@ def test_many_bits_warn_of_the_memory(tmp_path):
     make_checkpoint(tmp_path, Recipe(bits=8))
     with pytest.warns(UserWarning, match=r"8-bit linears .* dequantised to float32, .* MB instead of .* MB"):
         Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+def test_arguments_are_those_of_transformers(tmp_path):
+    from transformers import AutoConfig
+
+    make_checkpoint(tmp_path, Recipe())
+    config = AutoConfig.from_pretrained(tmp_path)
+    before = config.to_dict()
+    model, info = load(tmp_path, config=config, attn_implementation="eager", output_loading_info=True)
+    assert config.to_dict() == before  # the caller's configuration is not touched
+    assert model.config._attn_implementation == "eager"
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model = load(tmp_path, device_map="cpu", rms_norm_eps=1e-3)
+    assert model.config.rms_norm_eps == model.model.norm.variance_epsilon == 1e-3
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(TypeError, match="surprise"):
+        load(tmp_path, surprise=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_files_are_closed_after_loading(tmp_path):
+    import gc
+
+    make_checkpoint(tmp_path, Recipe(shards=2))
+    model = load(tmp_path)
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read(), "a checkpoint file is still mapped"
+    assert model.load_report.modules
