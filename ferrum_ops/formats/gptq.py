@@ -141,7 +141,7 @@ def decode_zeros(qzeros: torch.Tensor, bits: int, out_features: int, checkpoint_
     """Zero points `uint8 [..., G, N]` of `qzeros`; exact inverse of `encode_zeros` for every word.
 
     "gptq_v2" holds the zero point itself, "gptq" (v1) the zero point minus one. A v1 writer subtracts one
-    from every field of a *word* at once, so a zero point of 0 borrows from its neighbours: that is undone by
+    from every field of a word at once, so a zero point of 0 borrows from its neighbours: that is undone by
     one addition per word, with wrap-around, not field by field. Three-bit fields cross words; there
     GPTQModel's writer and reader work field by field, modulo 8, and so does this. (Its early releases shifted
     the first and third word of a period by each other's constant; their 3-bit v1 files cannot be told apart

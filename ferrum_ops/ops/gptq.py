@@ -37,10 +37,9 @@ def gptq_dequantize(
         dtype: of the result: float32, float16 or bfloat16.
 
     Raises:
-        RuntimeError: from the CPU kernel, or ValueError from the reference, for bits, dtypes or shapes that
-        do not
-            fit, tensors that are not contiguous (CPU), and on CPU a g_idx outside `[0, G)`. On another device
-            such rows are NaN.
+        RuntimeError: from the CPU kernel, or ValueError from the reference, for bits, dtypes or shapes that do not
+            fit, tensors that are not contiguous (CPU), and on CPU a g_idx outside `[0, G)`. On another device such
+            rows are NaN.
     """
     refuse_grad("gptq_dequantize", scales)
     return torch.ops.ferrum.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype)
