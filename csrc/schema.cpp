@@ -4,11 +4,13 @@
 
 STABLE_TORCH_LIBRARY(ferrum, m) {
   m.def("add_bias_(Tensor(a!) x, Tensor bias) -> ()");
+  m.def("argmax_rows(Tensor logits, Tensor? mask=None) -> Tensor");
   m.def("embedding_lookup(Tensor table, Tensor ids) -> Tensor");
   m.def("fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
   m.def("gather_columns(Tensor x, Tensor perm) -> Tensor");
   m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_tanh_mul(Tensor gate_up) -> Tensor");
   m.def(
       "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
       "ScalarType dtype) -> Tensor");
@@ -28,6 +30,7 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def("moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor");
+  m.def("moe_compute_ids_tpe(Tensor topk_ids, int num_experts, int[] out_features) -> (Tensor, Tensor, Tensor)");
   m.def(
       "moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, "
       "Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, "
@@ -40,6 +43,7 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
   m.def(
       "qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, "
       "bool interleaved=False) -> Tensor");
+  m.def("repetition_penalty_(Tensor(a!) logits, Tensor ids, Tensor offsets, Tensor penalty) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
   m.def("scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()");
@@ -55,4 +59,8 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
   m.def("transpose_head_to_token(Tensor(a) x) -> Tensor(a)");
   m.def("transpose_token_to_head(Tensor(a) x) -> Tensor(a)");
   m.def("weighted_sum(Tensor slots, Tensor weights) -> Tensor");
+  m.def("weighted_sum_residual_(Tensor(a!) residual, Tensor slots, Tensor weights) -> ()");
+  m.def(
+      "weighted_sum_residual_norm_(Tensor(a!) residual, Tensor slots, Tensor weights, Tensor norm_weight, "
+      "Tensor(b!) out, float eps) -> ()");
 }

@@ -1,7 +1,7 @@
 """Ferrum's ops: `torch.ops.ferrum.*` and the functions that document them."""
 
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
-from ferrum_ops.ops.activation import silu_mul, silu_mul_out
+from ferrum_ops.ops.activation import gelu_tanh_mul, silu_mul, silu_mul_out
 from ferrum_ops.ops.elementwise import (
     add_bias_,
     embedding_lookup,
@@ -17,16 +17,23 @@ from ferrum_ops.ops.gptq import gptq_dequantize
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
 from ferrum_ops.ops.marlin import marlin_permute_scales, marlin_repack, marlin_unpack, marlin_unpermute_scales
-from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum
+from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum, weighted_sum_residual_, weighted_sum_residual_norm_
 from ferrum_ops.ops.moe_gemm import moe_experts_int4
-from ferrum_ops.ops.moe_routing import moe_align_block_size, moe_build_pairs_by_token, route_topk_softmax
+from ferrum_ops.ops.moe_routing import (
+    moe_align_block_size,
+    moe_build_pairs_by_token,
+    moe_compute_ids_tpe,
+    route_topk_softmax,
+)
 from ferrum_ops.ops.norm import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
 from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope
+from ferrum_ops.ops.sampling import argmax_rows, repetition_penalty_
 
 __all__ = [
     "CPU_ISA_LEVELS",
     "OPS",
     "add_bias_",
+    "argmax_rows",
     "backends",
     "cpu_isa",
     "embedding_lookup",
@@ -34,6 +41,7 @@ __all__ = [
     "fused_add_rms_norm_",
     "gather_columns",
     "gelu",
+    "gelu_tanh_mul",
     "gptq_dequantize",
     "int4_linear",
     "int4_pack",
@@ -47,10 +55,12 @@ __all__ = [
     "moe_align_block_size",
     "moe_build_pairs_by_token",
     "moe_combine",
+    "moe_compute_ids_tpe",
     "moe_experts_int4",
     "paged_kv_write_",
     "paged_kv_write_int8_",
     "qk_norm_rope",
+    "repetition_penalty_",
     "rms_norm",
     "route_topk_softmax",
     "scaled_add_",
@@ -62,4 +72,6 @@ __all__ = [
     "transpose_token_to_head",
     "use_cpu_isa",
     "weighted_sum",
+    "weighted_sum_residual_",
+    "weighted_sum_residual_norm_",
 ]

@@ -227,11 +227,13 @@ def test_schemas_are_frozen():
         schemas,
         """\
 add_bias_(Tensor(a!) x, Tensor bias) -> ()
+argmax_rows(Tensor logits, Tensor? mask=None) -> Tensor
 embedding_lookup(Tensor table, Tensor ids) -> Tensor
 fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)
 fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()
 gather_columns(Tensor x, Tensor perm) -> Tensor
 gelu(Tensor x) -> Tensor
+gelu_tanh_mul(Tensor gate_up) -> Tensor
 gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
@@ -245,10 +247,12 @@ marlin_unpermute_scales(Tensor scales, int in_features, int group_size) -> Tenso
 moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, bool pair_ids, Tensor? expert_map) -> (Tensor, Tensor, Tensor)
 moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)
 moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor
+moe_compute_ids_tpe(Tensor topk_ids, int num_experts, int[] out_features) -> (Tensor, Tensor, Tensor)
 moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, int intermediate_size, str activation) -> Tensor
 paged_kv_write_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()
 paged_kv_write_int8_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale, Tensor(d!) v_scale, Tensor k, Tensor v, Tensor slot_mapping) -> ()
 qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved=False) -> Tensor
+repetition_penalty_(Tensor(a!) logits, Tensor ids, Tensor offsets, Tensor penalty) -> ()
 rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
 route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)
 scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()
@@ -259,5 +263,7 @@ split_qkv(Tensor(a) qkv, int num_heads, int num_kv_heads, int head_dim) -> (Tens
 split_qkv_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)
 transpose_head_to_token(Tensor(a) x) -> Tensor(a)
 transpose_token_to_head(Tensor(a) x) -> Tensor(a)
-weighted_sum(Tensor slots, Tensor weights) -> Tensor""",
+weighted_sum(Tensor slots, Tensor weights) -> Tensor
+weighted_sum_residual_(Tensor(a!) residual, Tensor slots, Tensor weights) -> ()
+weighted_sum_residual_norm_(Tensor(a!) residual, Tensor slots, Tensor weights, Tensor norm_weight, Tensor(b!) out, float eps) -> ()""",
     )

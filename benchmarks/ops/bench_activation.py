@@ -1,4 +1,4 @@
-"""Gated SiLU at Qwen3-30B-A3B's expert width, T tokens with 8 experts each.
+"""Gated SiLU and GELU at Qwen3-30B-A3B's expert width, T tokens with 8 experts each.
 
 `python benchmarks/ops/bench_activation.py [--dtype bfloat16] [--compile]`
 """
@@ -33,10 +33,14 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
         def halves_out(gate_up=gate_up, out=out):
             torch.mul(F.silu(gate_up[:, :EXPERT_WIDTH]), gate_up[:, EXPERT_WIDTH:], out=out)
 
+        def gelu_halves(gate_up=gate_up):
+            return F.gelu(gate_up[:, :EXPERT_WIDTH], approximate="tanh") * gate_up[:, EXPERT_WIDTH:]
+
         moved = bytes_of(gate_up, out)
         yield Case("silu_mul", label, (gate_up,), moved, halves)
         yield Case("silu_mul.gate_up", label, (gate, up), moved, two)
         yield Case("silu_mul_out", label, (gate_up, 0, out, 0, rows), moved, halves_out)
+        yield Case("gelu_tanh_mul", label, (gate_up,), moved, gelu_halves)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ferrum_ops.testing.timing import Case, bytes_of, run_cases
 
 EXPERTS, TOP_K = 128, 8
 BLOCK_SIZE = 16
+OUT_FEATURES = (1536, 2048)
 TOKENS = (1, 8, 128, 512)
 
 
@@ -35,6 +36,7 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
         yield Case("route_topk_softmax", label, (logits, TOP_K, True), bytes_of(logits) + 8 * pairs, route)
         yield Case("moe_build_pairs_by_token", label, (ids, EXPERTS), 4 * (3 * pairs + EXPERTS + 1), build)
+        yield Case("moe_compute_ids_tpe", label, (ids, EXPERTS, OUT_FEATURES), 4 * (pairs * (1 + EXPERTS) + EXPERTS))
         yield Case(
             "moe_align_block_size",
             label,

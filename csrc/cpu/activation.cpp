@@ -9,8 +9,7 @@
 namespace ferrum::cpu {
 namespace {
 
-void run(const GatedRows& rows, int64_t count) {
-  const auto kernel = FERRUM_FOR_LEVEL(silu_mul_rows);
+void run(GatedKernel kernel, const GatedRows& rows, int64_t count) {
   torch::stable::parallel_for(0, count, rows_per_task(rows.size),
                               [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
 }
@@ -31,9 +30,9 @@ RowLayout check_halves(const char* op, const Tensor& gate_up, GatedRows& rows) {
   return layout;
 }
 
-Tensor silu_mul(const Tensor& gate_up) {
+Tensor gated_halves(const char* op, GatedKernel kernel, const Tensor& gate_up) {
   GatedRows rows{};
-  const RowLayout layout = check_halves("silu_mul", gate_up, rows);
+  const RowLayout layout = check_halves(op, gate_up, rows);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < gate_up.dim(); ++i) {
     shape.push_back(gate_up.size(i));
@@ -42,8 +41,14 @@ Tensor silu_mul(const Tensor& gate_up) {
   Tensor out = torch::stable::new_empty(gate_up, shape);
   rows.out = out.mutable_data_ptr();
   rows.out_stride = rows.size;
-  run(rows, layout.rows);
+  run(kernel, rows, layout.rows);
   return out;
+}
+
+Tensor silu_mul(const Tensor& gate_up) { return gated_halves("silu_mul", FERRUM_FOR_LEVEL(silu_mul_rows), gate_up); }
+
+Tensor gelu_tanh_mul(const Tensor& gate_up) {
+  return gated_halves("gelu_tanh_mul", FERRUM_FOR_LEVEL(gelu_tanh_mul_rows), gate_up);
 }
 
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up) {
@@ -60,7 +65,7 @@ Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up) {
   rows.out = out.mutable_data_ptr();
   rows.gate_stride = layout.stride;
   rows.out_stride = rows.size = layout.size;
-  run(rows, layout.rows);
+  run(FERRUM_FOR_LEVEL(silu_mul_rows), rows, layout.rows);
   return out;
 }
 
@@ -88,13 +93,14 @@ void silu_mul_out(const Tensor& gate_up, int64_t in_row, const Tensor& out, int6
   rows.up = element(rows.up, in_row * in_layout.stride, rows.dtype);
   rows.out = const_cast<char*>(element(out.mutable_data_ptr(), out_row * out_layout.stride, rows.dtype));
   rows.out_stride = out_layout.stride;
-  run(rows, count);
+  run(FERRUM_FOR_LEVEL(silu_mul_rows), rows, count);
 }
 
 }  // namespace
 }  // namespace ferrum::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {
+  m.impl("gelu_tanh_mul", TORCH_BOX(&ferrum::cpu::gelu_tanh_mul));
   m.impl("silu_mul", TORCH_BOX(&ferrum::cpu::silu_mul));
   m.impl("silu_mul.gate_up", TORCH_BOX(&ferrum::cpu::silu_mul_gate_up));
   m.impl("silu_mul_out", TORCH_BOX(&ferrum::cpu::silu_mul_out));

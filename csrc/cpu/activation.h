@@ -15,7 +15,10 @@ struct GatedRows {
   Dtype dtype;
 };
 
-// out = silu(gate) * up
-FERRUM_DECLARE_LEVELS(void silu_mul_rows(const GatedRows& rows, int64_t begin, int64_t end);)
+// out = silu(gate) * up, out = gelu_tanh(gate) * up
+FERRUM_DECLARE_LEVELS(void silu_mul_rows(const GatedRows& rows, int64_t begin, int64_t end);
+                      void gelu_tanh_mul_rows(const GatedRows& rows, int64_t begin, int64_t end);)
+
+using GatedKernel = void (*)(const GatedRows&, int64_t, int64_t);
 
 }  // namespace ferrum::cpu

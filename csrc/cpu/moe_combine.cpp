@@ -2,13 +2,14 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <vector>
+
 #include "cpu/norm_rows.h"
 
 namespace ferrum::cpu {
 namespace {
 
-void run(const WeightedRows& sums, int64_t tokens) {
-  const auto kernel = FERRUM_FOR_LEVEL(combine_tokens);
+void run(void (*kernel)(const WeightedRows&, int64_t, int64_t), const WeightedRows& sums, int64_t tokens) {
   torch::stable::parallel_for(0, tokens, rows_per_task((sums.top_k + 1) * sums.size),
                               [&](int64_t begin, int64_t end) { kernel(sums, begin, end); });
 }
@@ -39,12 +40,13 @@ Tensor moe_combine(const Tensor& packed, const Tensor& pairs_by_token, const Ten
   sums.pairs = data<int32_t>(pairs_by_token);
   sums.weights = data<float>(topk_weights);
   sums.out = out.mutable_data_ptr();
-  run(sums, tokens);
+  sums.out_stride = sums.size;
+  run(FERRUM_FOR_LEVEL(combine_tokens), sums, tokens);
   return out;
 }
 
-Tensor weighted_sum(const Tensor& slots, const Tensor& weights) {
-  const char* op = "weighted_sum";
+// Everything but the output of sums over `slots`.
+WeightedRows check_slots(const char* op, const Tensor& slots, const Tensor& weights) {
   WeightedRows sums{};
   sums.dtype = activation_dtype(op, "slots", slots);
   FERRUM_CHECK(slots.dim() == 3, op, "slots", "expected shape (tokens, top_k, hidden), got ", shape_string(slots));
@@ -53,14 +55,59 @@ Tensor weighted_sum(const Tensor& slots, const Tensor& weights) {
   check_shape(op, "weights", weights, {slots.size(0), slots.size(1)});
   sums.top_k = slots.size(1);
   sums.size = slots.size(2);
-  Tensor out = torch::stable::new_empty(slots, {slots.size(0), sums.size});
   sums.rows = slots.const_data_ptr();
   sums.token_stride = slots.stride(0);
   sums.slot_stride = slots.stride(1);
   sums.weights = data<float>(weights);
+  return sums;
+}
+
+Tensor weighted_sum(const Tensor& slots, const Tensor& weights) {
+  WeightedRows sums = check_slots("weighted_sum", slots, weights);
+  Tensor out = torch::stable::new_empty(slots, {slots.size(0), sums.size});
   sums.out = out.mutable_data_ptr();
-  run(sums, slots.size(0));
+  sums.out_stride = sums.size;
+  run(FERRUM_FOR_LEVEL(combine_tokens), sums, slots.size(0));
   return out;
+}
+
+WeightedRows check_residual(const char* op, const Tensor& residual, const Tensor& slots, const Tensor& weights) {
+  WeightedRows sums = check_slots(op, slots, weights);
+  check_same_dtype(op, "residual", residual, slots);
+  check_shape(op, "residual", residual, {slots.size(0), sums.size});
+  check_last_contiguous(op, "residual", residual);
+  sums.out_stride = residual.stride(0);
+  check_rows_apart(op, "residual", residual,
+                   {residual.numel() == 0 ? 0 : residual.size(0), sums.size, sums.out_stride});
+  sums.out = residual.mutable_data_ptr();
+  return sums;
+}
+
+void weighted_sum_residual_(const Tensor& residual, const Tensor& slots, const Tensor& weights) {
+  const WeightedRows sums = check_residual("weighted_sum_residual_", residual, slots, weights);
+  run(FERRUM_FOR_LEVEL(add_tokens), sums, residual.size(0));
+}
+
+void weighted_sum_residual_norm_(const Tensor& residual, const Tensor& slots, const Tensor& weights,
+                                 const Tensor& norm_weight, const Tensor& out, double eps) {
+  const char* op = "weighted_sum_residual_norm_";
+  const WeightedRows sums = check_residual(op, residual, slots, weights);
+  NormOfSums norm{};
+  norm.float_weight = check_weight(op, "norm_weight", norm_weight, slots, sums.size);
+  check_same_dtype(op, "out", out, slots);
+  check_same_shape(op, "out", out, residual);
+  check_contiguous(op, "out", out);
+  norm.weight = norm_weight.const_data_ptr();
+  norm.out = out.mutable_data_ptr();
+  norm.eps = static_cast<float>(eps);
+  FERRUM_CHECK(residual.numel() == 0 || sums.out != norm.out, op, "out",
+               "expected other memory than that of residual, got the same");
+  const auto kernel = FERRUM_FOR_LEVEL(add_norm_tokens);
+  torch::stable::parallel_for(0, residual.size(0), rows_per_task((sums.top_k + 2) * sums.size),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<float> scratch(static_cast<size_t>(sums.size));
+                                kernel(sums, norm, scratch.data(), begin, end);
+                              });
 }
 
 }  // namespace
@@ -69,4 +116,6 @@ Tensor weighted_sum(const Tensor& slots, const Tensor& weights) {
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {
   m.impl("moe_combine", TORCH_BOX(&ferrum::cpu::moe_combine));
   m.impl("weighted_sum", TORCH_BOX(&ferrum::cpu::weighted_sum));
+  m.impl("weighted_sum_residual_", TORCH_BOX(&ferrum::cpu::weighted_sum_residual_));
+  m.impl("weighted_sum_residual_norm_", TORCH_BOX(&ferrum::cpu::weighted_sum_residual_norm_));
 }

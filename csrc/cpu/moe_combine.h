@@ -5,19 +5,34 @@
 
 namespace ferrum::cpu {
 
-// Weighted sums of `top_k` rows per token; strides are in elements. The output is contiguous [tokens, size].
+// Weighted sums of `top_k` rows per token; strides are in elements.
 struct WeightedRows {
   const void* rows;
-  const int32_t*
-      pairs;  // [tokens * top_k] row of each pair, skipped outside [0, num_rows); null: rows by token and slot
-  const float* weights;  // [tokens, top_k]
-  void* out;
+  // [tokens * top_k] row of each pair, skipped outside [0, num_rows); null: rows by token and slot
+  const int32_t* pairs;
+  const float* weights;               // [tokens, top_k]
+  void* out;                          // the sums, or what they are added to
   int64_t num_rows, row_stride;       // with pairs
   int64_t token_stride, slot_stride;  // without
+  int64_t out_stride;
   int64_t top_k, size;
   Dtype dtype;
 };
 
-FERRUM_DECLARE_LEVELS(void combine_tokens(const WeightedRows& sums, int64_t begin, int64_t end);)
+// RMS norm of the updated rows, to contiguous rows.
+struct NormOfSums {
+  const void* weight;
+  void* out;
+  float eps;
+  bool float_weight;
+};
+
+FERRUM_DECLARE_LEVELS(
+    // out = sum
+    void combine_tokens(const WeightedRows& sums, int64_t begin, int64_t end);
+    // out = out + sum
+    void add_tokens(const WeightedRows& sums, int64_t begin, int64_t end);
+    // The same, and norm.out = the norm of the sum before it is rounded. `scratch` holds one row.
+    void add_norm_tokens(const WeightedRows& sums, const NormOfSums& norm, float* scratch, int64_t begin, int64_t end);)
 
 }  // namespace ferrum::cpu

@@ -14,6 +14,10 @@
 namespace ferrum::cpu {
 namespace {
 
+// The tile of Metal's grouped product: one threadgroup per 32 rows and 64 output columns of an expert.
+constexpr int32_t kDispatchRows = 32;
+constexpr int64_t kDispatchColumns = 64;
+
 void check_ids(const char* op, const Tensor& topk_ids, int64_t num_experts) {
   check_dtype(op, "topk_ids", topk_ids, ScalarType::Int);
   FERRUM_CHECK(topk_ids.dim() == 2, op, "topk_ids", "expected shape (tokens, top_k), got ", shape_string(topk_ids));
@@ -132,10 +136,42 @@ std::tuple<Tensor, Tensor, Tensor> moe_align_block_size(const Tensor& topk_ids, 
   return {sorted_token_ids, block_ids, total_post_pad};
 }
 
+std::tuple<Tensor, Tensor, Tensor> moe_compute_ids_tpe(const Tensor& topk_ids, int64_t num_experts,
+                                                       std::vector<int64_t> out_features) {
+  const char* op = "moe_compute_ids_tpe";
+  check_ids(op, topk_ids, num_experts);
+  for (int64_t features : out_features) {
+    FERRUM_CHECK(features >= 1, op, "out_features", "expected at least 1, got ", features);
+  }
+  const int64_t pairs = topk_ids.numel(), products = static_cast<int64_t>(out_features.size());
+  const int32_t* ids = data<int32_t>(topk_ids);
+  Tensor tokens_per_expert = torch::stable::new_empty(topk_ids, {num_experts});
+  Tensor ids_per_expert = torch::stable::new_empty(topk_ids, {num_experts, pairs});
+  Tensor dispatch = torch::stable::new_empty(topk_ids, {products, 3});
+  int32_t* counts = mutable_data<int32_t>(tokens_per_expert);
+  int32_t* lists = mutable_data<int32_t>(ids_per_expert);
+  std::fill(counts, counts + num_experts, 0);
+  std::fill(lists, lists + num_experts * pairs, -1);
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (inside(ids[p], num_experts)) {
+      lists[ids[p] * pairs + counts[ids[p]]++] = static_cast<int32_t>(p);
+    }
+  }
+  const int32_t most = *std::max_element(counts, counts + num_experts);
+  int32_t* grid = mutable_data<int32_t>(dispatch);
+  for (int64_t features : out_features) {
+    *grid++ = std::max((most + kDispatchRows - 1) / kDispatchRows, 1);
+    *grid++ = static_cast<int32_t>((features + kDispatchColumns - 1) / kDispatchColumns);
+    *grid++ = static_cast<int32_t>(num_experts);
+  }
+  return {tokens_per_expert, ids_per_expert, dispatch};
+}
+
 }  // namespace
 }  // namespace ferrum::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {
   m.impl("moe_align_block_size", TORCH_BOX(&ferrum::cpu::moe_align_block_size));
   m.impl("moe_build_pairs_by_token", TORCH_BOX(&ferrum::cpu::moe_build_pairs_by_token));
+  m.impl("moe_compute_ids_tpe", TORCH_BOX(&ferrum::cpu::moe_compute_ids_tpe));
 }

@@ -1,4 +1,4 @@
-"""Gated activations: SiLU(gate) * up, of one tensor holding both halves or of two."""
+"""Gated activations: SiLU(gate) * up, of one tensor holding both halves or of two, and GELU(gate) * up."""
 
 from __future__ import annotations
 
@@ -136,6 +136,37 @@ def silu_mul_out_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, 
     yield randn(5, 300)[:, 7:261], 1, randn(4, 200)[:, 10:137], 0, 4
 
 
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`gelu(gate) * up` with `gelu(g) = g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))) / 2` (arXiv:2002.05202).
+
+    The tanh form of GELU (arXiv:1606.08415, section 2), evaluated in float32 and rounded once to the input's dtype.
+
+    Args:
+        gate_up: `[..., 2I]` with the gate in the first half of every row; float32, float16 or bfloat16; rows contiguous
+            with one row stride.
+
+    Returns:
+        Contiguous `[..., I]` of the input's dtype.
+
+    Raises:
+        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+    """
+    refuse_grad("gelu_tanh_mul", gate_up)
+    return torch.ops.ferrum.gelu_tanh_mul(gate_up)
+
+
+def gelu_tanh_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    size = _halves_size("gelu_tanh_mul", gate_up)
+    compute = compute_dtype(gate_up.dtype)
+    gate, up = gate_up[..., :size].to(compute), gate_up[..., size:].to(compute)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype).contiguous()
+
+
+def gelu_tanh_mul_fake(gate_up: torch.Tensor) -> torch.Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], _halves_size("gelu_tanh_mul", gate_up)))
+
+
 register("silu_mul", ref=silu_mul_ref, fake=silu_mul_fake, inputs=silu_mul_inputs)
 register("silu_mul.gate_up", ref=silu_mul_gate_up_ref, fake=silu_mul_gate_up_fake, inputs=silu_mul_gate_up_inputs)
 register("silu_mul_out", ref=silu_mul_out_ref, fake=silu_mul_out_fake, inputs=silu_mul_out_inputs)
+register("gelu_tanh_mul", ref=gelu_tanh_mul_ref, fake=gelu_tanh_mul_fake, inputs=silu_mul_inputs)

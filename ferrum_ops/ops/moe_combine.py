@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from ferrum_ops._library import refuse_grad, register
-from ferrum_ops.ops.norm import check_activation, check_float32, check_shape, compute_dtype, expect
+from ferrum_ops.ops.norm import (
+    check_activation,
+    check_float32,
+    check_rows_apart,
+    check_shape,
+    check_weight,
+    compute_dtype,
+    expect,
+    normalize,
+)
 
 
 def moe_combine(packed: torch.Tensor, pairs_by_token: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -105,8 +114,7 @@ def weighted_sum(slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.ops.ferrum.weighted_sum(slots, weights)
 
 
-def _check_weighted_sum(slots: torch.Tensor, weights: torch.Tensor) -> None:
-    op = "weighted_sum"
+def _check_weighted_sum(op: str, slots: torch.Tensor, weights: torch.Tensor) -> None:
     check_activation(op, "slots", slots)
     expect(slots.dim() == 3, op, "slots", "shape (tokens, top_k, hidden)", tuple(slots.shape))
     rows = slots.numel() == 0 or slots.shape[2] == 1 or slots.stride(2) == 1
@@ -116,16 +124,21 @@ def _check_weighted_sum(slots: torch.Tensor, weights: torch.Tensor) -> None:
 
 
 def weighted_sum_ref(slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    _check_weighted_sum(slots, weights)
+    _check_weighted_sum("weighted_sum", slots, weights)
+    return _sum_slots(slots, weights).to(slots.dtype)
+
+
+def _sum_slots(slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sums in the dtype of the computation."""
     compute = compute_dtype(slots.dtype)
     total = slots.new_zeros((slots.shape[0], slots.shape[2]), dtype=compute)
     for j in range(slots.shape[1]):
         total = total + weights[:, j, None].to(compute) * slots[:, j].to(compute)
-    return total.to(slots.dtype)
+    return total
 
 
 def weighted_sum_fake(slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    _check_weighted_sum(slots, weights)
+    _check_weighted_sum("weighted_sum", slots, weights)
     return slots.new_empty((slots.shape[0], slots.shape[2]))
 
 
@@ -137,5 +150,126 @@ def weighted_sum_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, 
     yield slots.transpose(0, 1)[..., 40:168], torch.rand(6, 4, device=device)
 
 
+def weighted_sum_residual_(residual: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
+    """`residual[t] += sum_j weights[t, j] * slots[t, j]`, added in float32 over ascending j and rounded once.
+
+    Args:
+        residual: `[T, H]` of slots' dtype; last dimension contiguous, rows apart, in other memory than slots.
+        slots: `[T, K, H]`, float32, float16 or bfloat16; last dimension contiguous, other strides free.
+        weights: float32 `[T, K]`, contiguous.
+
+    Raises:
+        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+    """
+    refuse_grad("weighted_sum_residual_", residual, slots, weights)
+    torch.ops.ferrum.weighted_sum_residual_(residual, slots, weights)
+
+
+def _check_residual(op: str, residual: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
+    _check_weighted_sum(op, slots, weights)
+    expect(residual.dtype == slots.dtype, op, "residual", str(slots.dtype), residual.dtype)
+    check_shape(op, "residual", residual, (slots.shape[0], slots.shape[2]))
+    rows = residual.numel() == 0 or residual.shape[1] == 1 or residual.stride(1) == 1
+    expect(rows, op, "residual", "a contiguous last dimension", f"strides {tuple(residual.stride())}")
+    check_rows_apart(op, "residual", residual)
+
+
+def weighted_sum_residual__ref(residual: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
+    _check_residual("weighted_sum_residual_", residual, slots, weights)
+    total = _sum_slots(slots, weights)
+    residual.copy_(residual.to(total.dtype) + total)
+
+
+def weighted_sum_residual__fake(residual: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
+    _check_residual("weighted_sum_residual_", residual, slots, weights)
+
+
+def weighted_sum_residual__inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for slots, weights in weighted_sum_inputs(device, dtype):
+        wide = torch.randn(slots.shape[0], slots.shape[2] + 3, device=device).to(dtype)
+        yield wide[:, 2:-1], slots, weights
+
+
+def weighted_sum_residual_norm_(
+    residual: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, norm_weight: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """`weighted_sum_residual_`, and in the same pass the RMS norm that the next layer begins with.
+
+    `s = residual + sum_j weights[:, j] * slots[:, j]` in float32; the residual becomes s rounded; what is returned is
+    `s * rsqrt(mean(s^2) + eps) * norm_weight`, of the sum before it is rounded (as in `fused_add_rms_norm`).
+
+    Args:
+        residual, slots, weights: as in `weighted_sum_residual_`.
+        norm_weight: `[H]`, contiguous, slots' dtype or float32.
+        eps: added to the mean of squares.
+
+    Returns:
+        The normalised rows, a new contiguous `[T, H]` of slots' dtype. (The op itself writes to an argument `out`.)
+
+    Raises:
+        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+    """
+    refuse_grad("weighted_sum_residual_norm_", residual, slots, weights, norm_weight)
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    torch.ops.ferrum.weighted_sum_residual_norm_(residual, slots, weights, norm_weight, out, eps)
+    return out
+
+
+def _check_residual_norm(
+    residual: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, norm_weight: torch.Tensor, out: torch.Tensor
+) -> None:
+    op = "weighted_sum_residual_norm_"
+    _check_residual(op, residual, slots, weights)
+    check_weight(op, "norm_weight", norm_weight, slots, slots.shape[2])
+    expect(out.dtype == slots.dtype, op, "out", str(slots.dtype), out.dtype)
+    check_shape(op, "out", out, tuple(residual.shape))
+    expect(out.is_contiguous(), op, "out", "a contiguous tensor", f"strides {tuple(out.stride())}")
+
+
+def weighted_sum_residual_norm__ref(
+    residual: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    norm_weight: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+) -> None:
+    _check_residual_norm(residual, slots, weights, norm_weight, out)
+    total = _sum_slots(slots, weights)
+    total = residual.to(total.dtype) + total
+    residual.copy_(total)
+    out.copy_(normalize(total, norm_weight, eps))
+
+
+def weighted_sum_residual_norm__fake(
+    residual: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    norm_weight: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+) -> None:
+    _check_residual_norm(residual, slots, weights, norm_weight, out)
+
+
+def weighted_sum_residual_norm__inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for i, (residual, slots, weights) in enumerate(weighted_sum_residual__inputs(device, dtype)):
+        norm_weight = torch.randn(slots.shape[2], device=device).to(dtype if i % 2 else torch.float32)
+        out = torch.empty(residual.shape, device=device, dtype=dtype)
+        yield residual, slots, weights, norm_weight, out, 1e-6
+
+
 register("moe_combine", ref=moe_combine_ref, fake=moe_combine_fake, inputs=moe_combine_inputs)
 register("weighted_sum", ref=weighted_sum_ref, fake=weighted_sum_fake, inputs=weighted_sum_inputs)
+register(
+    "weighted_sum_residual_",
+    ref=weighted_sum_residual__ref,
+    fake=weighted_sum_residual__fake,
+    inputs=weighted_sum_residual__inputs,
+)
+register(
+    "weighted_sum_residual_norm_",
+    ref=weighted_sum_residual_norm__ref,
+    fake=weighted_sum_residual_norm__fake,
+    inputs=weighted_sum_residual_norm__inputs,
+)

@@ -143,7 +143,7 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU level {ferrum_ops.cpu_isa()}, "
         f"memory reads at {bandwidth / 1e9:.1f} GB/s; operands warm"
     )
-    header = f"{'op':<26}{'sizes':<26}{'us':>9}{'quartiles':>20}{'GB/s':>8}{'of read':>9}{'eager/op':>10}"
+    header = f"{'op':<28}{'sizes':<26}{'us':>9}{'quartiles':>20}{'GB/s':>8}{'of read':>9}{'eager/op':>10}"
     print(header + (f"{'compiled/op':>13}" if compile_reference else ""))
     rows = []
     for case in cases:
@@ -151,7 +151,7 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
         row = _time_case(case, bandwidth, compile_reference, repeats)
         rows.append(row)
         quartiles = f"[{row['us_lower']:.1f}, {row['us_upper']:.1f}]"
-        line = f"{case.op:<26}{case.label:<26}{row['us']:>9.1f}{quartiles:>20}{row['gb_per_s']:>8.1f}"
+        line = f"{case.op:<28}{case.label:<26}{row['us']:>9.1f}{quartiles:>20}{row['gb_per_s']:>8.1f}"
         line += f"{row['of_read_bandwidth']:>9.2f}"
         for peer, width in (("eager", 10), ("compiled", 13)):
             if peer in row:

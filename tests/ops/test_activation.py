@@ -91,12 +91,39 @@ def test_result_depends_on_neither_threads_nor_neighbours(dtype, isa):
     assert_close("silu_mul", results[0], expected, tolerance("silu_mul", dtype))
 
 
+def test_gelu_tanh_mul_is_its_definition(isa):
+    gate, up = torch.randn(2, 9, 127, dtype=torch.float64).unbind()
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    expected = gate * (1 + torch.tanh(inner)) / 2 * up
+    gate_up = torch.cat((gate, up), -1)
+    assert_close("gelu_tanh_mul", activation.gelu_tanh_mul_ref(gate_up), expected, 1e-14)
+    for dtype in DTYPES:
+        rounded = gate_up.to(dtype)
+        expected = activation.gelu_tanh_mul_ref(rounded.double())
+        assert_close("gelu_tanh_mul", ferrum_ops.gelu_tanh_mul(rounded), expected, tolerance("gelu_tanh_mul", dtype))
+
+
+def test_gelu_tanh_mul_at_its_ends(isa):
+    gate = torch.tensor([[-1e30, -1000.0, -20.0, -0.0, 0.0, 20.0, 1000.0, 1e30, torch.inf, torch.nan]])
+    got = OPS.gelu_tanh_mul(torch.cat((gate, torch.ones_like(gate)), -1))
+    assert (got[0, :5] == 0).all() and torch.equal(got[0, 5:9], gate[0, 5:9]) and got[0, 9].isnan()
+
+
+def test_gelu_tanh_mul_of_no_rows_and_of_strided_rows(isa):
+    assert OPS.gelu_tanh_mul(torch.empty(0, 8)).shape == (0, 4)
+    wide = torch.randn(5, 300)
+    assert torch.equal(OPS.gelu_tanh_mul(wide[:, 7:261]), OPS.gelu_tanh_mul(wide[:, 7:261].contiguous()))
+
+
 X = torch.ones(4, 64)
 ROWS = torch.ones(6, 32)
 BAD = {
     "integers": ("silu_mul", (X.int(),), r"gate_up: expected float32, float16 or bfloat16, got"),
     "odd width": ("silu_mul", (X[:, :63],), r"gate_up: expected an even last dimension, got 63"),
     "transposed": ("silu_mul", (torch.ones(64, 4).t(),), r"gate_up: expected contiguous rows with one row stride"),
+    "gelu integers": ("gelu_tanh_mul", (X.int(),), r"gate_up: expected float32, float16 or bfloat16, got"),
+    "gelu odd width": ("gelu_tanh_mul", (X[:, :63],), r"gate_up: expected an even last dimension, got 63"),
+    "gelu transposed": ("gelu_tanh_mul", (torch.ones(64, 4).t(),), r"gate_up: expected contiguous rows with one row"),
     "up shape": ("silu_mul.gate_up", (X, X[:, :63]), r"up: expected shape \(4, 64\), got \(4, 63\)"),
     "up dtype": ("silu_mul.gate_up", (X, X.half()), r"up: expected .*[fF]loat.*, got"),
     "out shape": ("silu_mul_out", (X, 0, X, 0, 1), r"out: expected shape \(\*, 32\), got \(4, 64\)"),
@@ -126,6 +153,7 @@ def test_gradients_are_refused():
         lambda: ferrum_ops.silu_mul(x),
         lambda: ferrum_ops.silu_mul(X, x),
         lambda: ferrum_ops.silu_mul_out(x, 0, ROWS.clone(), 0, 1),
+        lambda: ferrum_ops.gelu_tanh_mul(x),
     ):
         with pytest.raises(RuntimeError, match="has no backward"):
             call()

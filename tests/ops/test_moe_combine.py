@@ -129,7 +129,34 @@ def test_result_depends_on_neither_threads_nor_neighbours(dtype, isa):
 
 
 PACKED, PAIRS, WEIGHTS, SLOTS = torch.ones(6, 8), torch.zeros(6).int(), torch.ones(3, 2), torch.ones(3, 2, 8)
+RESIDUAL, NORM_WEIGHT = torch.ones(3, 8), torch.ones(8)
+UPDATE, UPDATE_NORM = "weighted_sum_residual_", "weighted_sum_residual_norm_"
 BAD = {
+    "residual dtype": (UPDATE, (RESIDUAL.half(), SLOTS, WEIGHTS), r"residual: expected .*[fF]loat.*, got"),
+    "residual shape": (UPDATE, (RESIDUAL[:2], SLOTS, WEIGHTS), r"residual: expected shape \(3, 8\), got \(2, 8\)"),
+    "residual stride": (UPDATE, (torch.ones(8, 3).t(), SLOTS, WEIGHTS), r"residual: expected a contiguous last dim"),
+    "residual rows": (UPDATE, (RESIDUAL[:1].expand(3, 8), SLOTS, WEIGHTS), r"residual: expected rows that do not"),
+    "update slots": (UPDATE, (RESIDUAL, PACKED, WEIGHTS), r"slots: expected shape \(tokens, top_k, hidden\), got"),
+    "norm weight": (
+        UPDATE_NORM,
+        (RESIDUAL, SLOTS, WEIGHTS, NORM_WEIGHT[:3], torch.ones(3, 8), 1e-6),
+        r"norm_weight: expected shape \(8,?\), got \(3,?\)",
+    ),
+    "norm out": (
+        UPDATE_NORM,
+        (RESIDUAL, SLOTS, WEIGHTS, NORM_WEIGHT, torch.ones(2, 8), 1e-6),
+        r"out: expected shape \(3, 8\), got \(2, 8\)",
+    ),
+    "norm out dtype": (
+        UPDATE_NORM,
+        (RESIDUAL, SLOTS, WEIGHTS, NORM_WEIGHT, torch.ones(3, 8).half(), 1e-6),
+        r"out: expected .*[fF]loat.*, got",
+    ),
+    "norm out stride": (
+        UPDATE_NORM,
+        (RESIDUAL, SLOTS, WEIGHTS, NORM_WEIGHT, torch.ones(3, 16)[:, ::2], 1e-6),
+        r"out: expected a contiguous tensor, got",
+    ),
     "integers": ("moe_combine", (PACKED.int(), PAIRS, WEIGHTS), r"packed: expected float32, float16 or bfloat16"),
     "packed shape": ("moe_combine", (SLOTS, PAIRS, WEIGHTS), r"packed: expected shape \(rows, hidden\), got"),
     "packed stride": ("moe_combine", (PACKED[:, ::2], PAIRS, WEIGHTS), r"packed: expected a contiguous last dim"),
@@ -158,6 +185,77 @@ def test_gradients_are_refused():
         ferrum_ops.moe_combine(PACKED, PAIRS, WEIGHTS.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="has no backward"):
         ferrum_ops.weighted_sum(SLOTS.clone().requires_grad_(), WEIGHTS)
+
+    for function, rest in (
+        (ferrum_ops.weighted_sum_residual_, ()),
+        (ferrum_ops.weighted_sum_residual_norm_, (NORM_WEIGHT,)),
+    ):
+        with pytest.raises(RuntimeError, match="has no backward"):
+            function(RESIDUAL.clone(), SLOTS, WEIGHTS.clone().requires_grad_(), *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_is_the_sum_rounded_once_and_nothing_else_is_written(dtype, isa):
+    slots, weights = torch.randn(6, 4, 127).to(dtype), torch.rand(6, 4)
+    storage = torch.randn(6, 200).to(dtype)
+    before = storage.clone()
+    assert ferrum_ops.weighted_sum_residual_(storage[:, 30:157], slots, weights) is None
+    expected = before[:, 30:157].double() + torch.einsum("tk,tkh->th", weights.double(), slots.double())
+    assert_close(UPDATE, storage[:, 30:157], expected, tolerance(UPDATE, dtype))
+    assert torch.equal(storage[:, :30], before[:, :30]) and torch.equal(storage[:, 157:], before[:, 157:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_the_residual_is_the_same_residual_and_its_norm(dtype, isa):
+    slots, weights, norm_weight = torch.randn(6, 4, 127).to(dtype), torch.rand(6, 4), torch.randn(127)
+    residual = torch.randn(6, 127).to(dtype)
+    updated = residual.clone()
+    ferrum_ops.weighted_sum_residual_(updated, slots, weights)
+    total = residual.double() + torch.einsum("tk,tkh->th", weights.double(), slots.double())
+    normed = ferrum_ops.weighted_sum_residual_norm_(residual, slots, weights, norm_weight, 1e-5)
+    assert torch.equal(residual, updated)
+    expected = torch.nn.functional.rms_norm(total, (127,), norm_weight.double(), 1e-5)
+    assert_close(UPDATE_NORM, normed, expected, tolerance(UPDATE_NORM, dtype))
+
+
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+def test_residual_is_normalised_before_it_is_rounded(form, isa):
+    # As in fused_add_rms_norm: 257 is no bfloat16, and the norm of the rounded 256 has another last bit.
+    residual, out = torch.tensor([[256.0, 1.0]]).bfloat16(), torch.empty(1, 2).bfloat16()
+    slots, weights = torch.tensor([[[1.0, 0.0]]]).bfloat16(), torch.ones(1, 1)
+    function = OPS.weighted_sum_residual_norm_ if form == "kernel" else moe_combine.weighted_sum_residual_norm__ref
+    function(residual, slots, weights, torch.ones(2), out, 0.0)
+    exact = torch.tensor([[257.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(out, (exact / exact.square().mean().sqrt()).bfloat16())
+    assert residual.tolist() == [[256.0, 1.0]]
+
+
+def test_residual_without_tokens_or_slots(isa):
+    residual = torch.randn(3, 8)
+    before = residual.clone()
+    ferrum_ops.weighted_sum_residual_(residual, torch.empty(3, 0, 8), torch.empty(3, 0))
+    assert torch.equal(residual, before)
+    normed = ferrum_ops.weighted_sum_residual_norm_(residual, torch.empty(3, 0, 8), torch.empty(3, 0), torch.ones(8))
+    assert torch.equal(normed, OPS.rms_norm(before, torch.ones(8), 1e-6))
+    assert ferrum_ops.weighted_sum_residual_norm_(
+        residual[:0], torch.empty(0, 2, 8), torch.empty(0, 2), torch.ones(8)
+    ).shape == (0, 8)
+
+
+def test_norm_into_the_residual_is_refused():
+    residual = RESIDUAL.clone()
+    with pytest.raises(RuntimeError, match=r"\[weighted_sum_residual_norm_\] out: expected other memory than that of"):
+        OPS.weighted_sum_residual_norm_(residual, SLOTS, WEIGHTS, NORM_WEIGHT, residual, 1e-6)
+
+
+def test_updates_compile_whole():
+    def function(residual):
+        ferrum_ops.weighted_sum_residual_(residual, SLOTS, WEIGHTS)
+        return ferrum_ops.weighted_sum_residual_norm_(residual, SLOTS, WEIGHTS, NORM_WEIGHT), residual * 2
+
+    got = torch.compile(function, backend="aot_eager", fullgraph=True)(RESIDUAL.clone())
+    for g, e in zip(got, function(RESIDUAL.clone())):
+        assert torch.equal(g, e)
 
 
 def test_references_trace_whole():

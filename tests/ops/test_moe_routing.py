@@ -237,7 +237,37 @@ def test_local_ids_outside_are_left_out(form):
 
 LOGITS, IDS = torch.ones(4, 16), torch.zeros(4, 2, dtype=torch.int32)
 MAP = torch.zeros(16, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+@pytest.mark.parametrize("tokens, top_k, experts", [(1, 8, 128), (63, 4, 60), (200, 2, 3), (7, 3, 1)])
+def test_ids_per_expert_equal_a_loop(form, tokens, top_k, experts):
+    function = OPS.moe_compute_ids_tpe if form == "kernel" else moe_routing.moe_compute_ids_tpe_ref
+    ids = random_ids(tokens, top_k, experts)
+    ids[ids == 1] = experts  # of another rank
+    counts, lists, dispatch = function(ids, experts, [1, 64, 65, 2048])
+    buckets = [[p for p, e in enumerate(ids.flatten().tolist()) if e == expert] for expert in range(experts)]
+    assert counts.tolist() == [len(bucket) for bucket in buckets]
+    assert lists.tolist() == [bucket + [-1] * (ids.numel() - len(bucket)) for bucket in buckets]
+    rows = max(1, -(-max(map(len, buckets)) // 32))
+    assert dispatch.tolist() == [[rows, columns, experts] for columns in (1, 1, 2, 32)]
+    assert {t.dtype for t in (counts, lists, dispatch)} == {torch.int32}
+
+
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+@pytest.mark.parametrize("ids", [torch.empty(0, 8).int(), torch.empty(4, 0).int(), torch.full((3, 2), -1).int()])
+def test_ids_per_expert_of_no_pairs(form, ids):
+    function = OPS.moe_compute_ids_tpe if form == "kernel" else moe_routing.moe_compute_ids_tpe_ref
+    counts, lists, dispatch = function(ids, 5, [100])
+    assert counts.tolist() == [0] * 5 and dispatch.tolist() == [[1, 2, 5]]  # a grid is never empty
+    assert lists.shape == (5, ids.numel()) and (lists == -1).all()
+    assert ferrum_ops.moe_compute_ids_tpe(ids, 5)[2].shape == (0, 3)
+
+
 BAD = {
+    "tpe int64 ids": ("moe_compute_ids_tpe", (IDS.long(), 4, []), r"topk_ids: expected [iI]nt(32)?, got"),
+    "tpe no experts": ("moe_compute_ids_tpe", (IDS, 0, []), r"num_experts: expected at least 1, got 0"),
+    "tpe features": ("moe_compute_ids_tpe", (IDS, 4, [8, 0]), r"out_features: expected at least 1, got 0"),
     "logits dtype": ("route_topk_softmax", (LOGITS.int(), 2, True), r"logits: expected float32, float16 or bfloat16"),
     "logits shape": ("route_topk_softmax", (LOGITS[0], 2, True), r"logits: expected shape \(tokens, experts\) with"),
     "1025 experts": ("route_topk_softmax", (torch.ones(1, 1025), 2, True), r"logits: .*at most 1024 experts, got"),
@@ -279,6 +309,7 @@ def test_references_trace_whole():
         (moe_routing.route_topk_softmax_ref, (torch.randn(5, 16), 4, True)),
         (moe_routing.moe_build_pairs_by_token_ref, (ids, 7)),
         (moe_routing.moe_align_block_size_ref, (ids, 7, 16, False, torch.arange(7).int())),
+        (moe_routing.moe_compute_ids_tpe_ref, (ids, 7, [64, 100])),
     ):
         for got, expected in zip(torch.compile(function, backend="eager", fullgraph=True)(*args), function(*args)):
             assert torch.equal(got, expected)
