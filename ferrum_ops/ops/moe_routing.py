@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from ferrum_ops.ops.norm import check_activation, check_shape, compute_dtype, ex
 
 MAX_EXPERTS = 1024
 BLOCK_SIZES = (8, 16, 32, 48, 64, 128)
+#: Rows and output columns that one threadgroup of Metal's grouped product computes.
+DISPATCH_TILE = (32, 64)
 
 
 def route_topk_softmax(logits: torch.Tensor, top_k: int, renormalize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,6 +265,75 @@ def moe_align_block_size_inputs(device: str, dtype: torch.dtype) -> Iterator[tup
         yield ids, experts, BLOCK_SIZES[(i + 2) % 6], i % 2 == 0, expert_map
 
 
+def moe_compute_ids_tpe(
+    topk_ids: torch.Tensor, num_experts: int, out_features: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs `p = t*K + j` of every expert as one row each, and how large a grid their products need.
+
+    What a grouped product with an indirect dispatch reads (llama.cpp's Metal `mul_mm_id`): a fixed grid of E rows that
+    needs no host read of the counts. Pairs whose id lies outside `[0, E)` are in no row.
+
+    Args:
+        topk_ids: int32 `[T, K]`, contiguous.
+        num_experts: E, at least 1.
+        out_features: columns M of each product that will be dispatched, such as `(2 * I, H)`.
+
+    Returns:
+        - tokens_per_expert int32 `[E]`: pairs of each expert.
+        - ids_per_expert int32 `[E, T*K]`: its pairs in ascending order, -1 behind the last.
+        - dispatch int32 `[len(out_features), 3]`: threadgroups
+          `(max(1, ceil(max(tokens_per_expert) / 32)), ceil(M / 64), E)` of each product, in tiles of 32 rows and 64
+          columns.
+
+    Raises:
+        RuntimeError: other dtypes, shapes or strides, E < 1, or an M below 1.
+    """
+    return torch.ops.ferrum.moe_compute_ids_tpe(topk_ids, num_experts, list(out_features))
+
+
+def _check_ids_tpe(topk_ids: torch.Tensor, num_experts: int, out_features: Sequence[int]) -> None:
+    op = "moe_compute_ids_tpe"
+    _check_ids(op, topk_ids, num_experts)
+    for features in out_features:
+        expect(features >= 1, op, "out_features", "at least 1", features)
+
+
+def moe_compute_ids_tpe_ref(
+    topk_ids: torch.Tensor, num_experts: int, out_features: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_ids_tpe(topk_ids, num_experts, out_features)
+    pairs = topk_ids.numel()
+    order, sorted_keys, counts = _sort_pairs(topk_ids.flatten(), num_experts)
+    rank = torch.arange(pairs, device=order.device) - _exclusive_sum(counts)[sorted_keys]
+    # One row more than experts, for pairs that have none.
+    ids_per_expert = torch.full((num_experts + 1, pairs), -1, device=order.device)
+    ids_per_expert[sorted_keys, rank] = order
+    rows, columns = DISPATCH_TILE
+    row_tiles = ((counts.max() + rows - 1) // rows).clamp_min(1)
+    grid = torch.tensor(
+        [[0, (features + columns - 1) // columns, num_experts] for features in out_features], device=order.device
+    ).view(-1, 3)
+    grid = torch.cat((row_tiles.expand(len(out_features), 1), grid[:, 1:]), 1)
+    return counts.int(), ids_per_expert[:-1].int().contiguous(), grid.int()
+
+
+def moe_compute_ids_tpe_fake(
+    topk_ids: torch.Tensor, num_experts: int, out_features: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_ids_tpe(topk_ids, num_experts, out_features)
+    pairs = topk_ids.shape[0] * topk_ids.shape[1]
+    return (
+        topk_ids.new_empty((num_experts,)),
+        topk_ids.new_empty((num_experts, pairs)),
+        topk_ids.new_empty((len(out_features), 3)),
+    )
+
+
+def moe_compute_ids_tpe_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for i, (ids, experts) in enumerate(_sample_ids(device)):
+        yield ids, experts, [[1536, 2048], [], [1], [64, 65, 127]][i % 4]
+
+
 register(
     "route_topk_softmax",
     ref=route_topk_softmax_ref,
@@ -280,4 +351,10 @@ register(
     ref=moe_align_block_size_ref,
     fake=moe_align_block_size_fake,
     inputs=moe_align_block_size_inputs,
+)
+register(
+    "moe_compute_ids_tpe",
+    ref=moe_compute_ids_tpe_ref,
+    fake=moe_compute_ids_tpe_fake,
+    inputs=moe_compute_ids_tpe_inputs,
 )
