@@ -18,9 +18,9 @@ template <typename... Parts>
 }  // namespace ferrum
 
 // FERRUM_CHECK(x.dim() == 2, "rms_norm", "x", "expected 2 dimensions, got ", x.dim());
-#define FERRUM_CHECK(condition, op, argument, ...)         \
-  do {                                                     \
-    if (!(condition)) {                                    \
-      ::ferrum::fail((op), (argument), __VA_ARGS__);       \
-    }                                                      \
+#define FERRUM_CHECK(condition, op, argument, ...)   \
+  do {                                               \
+    if (!(condition)) {                              \
+      ::ferrum::fail((op), (argument), __VA_ARGS__); \
+    }                                                \
   } while (false)

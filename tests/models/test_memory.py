@@ -57,6 +57,7 @@ print(report.peak_nbytes - report.baseline_nbytes, report.model_nbytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resets the high-water mark through /proc")
+@pytest.mark.slow
 def test_peak_memory_while_loading(tmp_path):
     from tests.models.make_checkpoint import Recipe, make_checkpoint
 
