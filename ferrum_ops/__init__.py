@@ -1,6 +1,7 @@
 """Ferrum's ops: `torch.ops.ferrum.*` and the functions that document them."""
 
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
+from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.ops.activation import gelu_tanh_mul, silu_mul, silu_mul_out
 from ferrum_ops.ops.elementwise import (
     add_bias_,
@@ -32,6 +33,7 @@ from ferrum_ops.ops.sampling import argmax_rows, repetition_penalty_
 __all__ = [
     "CPU_ISA_LEVELS",
     "OPS",
+    "RuntimeConfig",
     "add_bias_",
     "argmax_rows",
     "backends",
