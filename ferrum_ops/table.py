@@ -1,8 +1,8 @@
 """The table of ops by device, as Markdown.
 
-    python -m ferrum_ops.table                    # print it
-    python -m ferrum_ops.table --write README.md  # between <!-- ops:begin --> and <!-- ops:end -->
-    python -m ferrum_ops.table --check README.md  # exit status 1 when the file has another table
+python -m ferrum_ops.table                    # print it
+python -m ferrum_ops.table --write README.md  # between <!-- ops:begin --> and <!-- ops:end -->
+python -m ferrum_ops.table --check README.md  # exit status 1 when the file has another table
 """
 
 from __future__ import annotations

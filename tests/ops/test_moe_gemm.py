@@ -9,7 +9,23 @@ from ferrum_ops.formats import int4
 from ferrum_ops.ops.moe_gemm import moe_experts_int4_ref, random_experts
 from ferrum_ops.testing.compare import assert_close
 
-NAMES = ["hidden", "topk_ids", "topk_weights", "w13", "w13_scales", "w13_zeros", "w13_perm", "w13_group_size", "w2", "w2_scales", "w2_zeros", "w2_perm", "w2_group_size", "intermediate_size", "activation"]
+NAMES = [
+    "hidden",
+    "topk_ids",
+    "topk_weights",
+    "w13",
+    "w13_scales",
+    "w13_zeros",
+    "w13_perm",
+    "w13_group_size",
+    "w2",
+    "w2_scales",
+    "w2_zeros",
+    "w2_perm",
+    "w2_group_size",
+    "intermediate_size",
+    "activation",
+]
 # Activations are rounded to int8 before each of the two products, half a step of max|x|/127 at most: about 0.5 % each.
 INT8_ERROR = 2e-2
 BOUNDS = {"full": 3e-6, "int8": INT8_ERROR}
