@@ -5,14 +5,31 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
 
 
 def peak_resident_bytes() -> int:
     """The most memory this process has held since it started."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def traced(path: str, build: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], dict[str, torch.Tensor]]:
+    """`build`, with a line to stderr when it has packed the module `path`."""
+
+    def build_and_tell() -> dict[str, torch.Tensor]:
+        start = time.perf_counter()
+        tensors = build()
+        nbytes = sum(t.nbytes for t in tensors.values())
+        print(f"[load] {path}: {nbytes:,} bytes in {1e3 * (time.perf_counter() - start):.1f} ms", file=sys.stderr)
+        return tensors
+
+    return build_and_tell
 
 
 @dataclass

@@ -194,7 +194,7 @@ class RuntimeConfig:
         "moe_load_trace",
         Switch(),
         False,
-        "loading logs a line for every packed module (logger `ferrum.load`, level INFO)",
+        "loading prints a line for every module as it is packed (to stderr)",
         devices=None,
     )
     cuda_max_kv: int | None = _knob(

@@ -19,6 +19,7 @@ from ferrum_models.quantization.settings import GptqSettings
 from ferrum_models.qwen3_moe.modeling import Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe.planner import Plan, Planner
 from ferrum_models.report import PeakMemory
+from ferrum_ops.config import RuntimeConfig
 
 #: Arguments that find files on a hub; transformers' names.
 HUB_ARGUMENTS = (
@@ -40,6 +41,7 @@ def load_pretrained(
     moe_implementation: str,
     activation: str,
     quantize: str | None,
+    runtime_config: RuntimeConfig,
     **kwargs: Any,
 ) -> Qwen3MoeForCausalLM:
     """`Qwen3MoeForCausalLM.from_pretrained`; its docstring has the arguments.
@@ -63,6 +65,8 @@ def load_pretrained(
     if quantize is not None and settings is not None:
         raise ValueError(f"[quantize] expected None for a checkpoint that is quantised already, got {quantize!r}")
 
+    device = target_device(kwargs.get("device_map"))
+    runtime_config.warn_without_effect(device)
     with PeakMemory() as memory:
         checkpoint = Checkpoint(directory)
         plan = Planner(
@@ -70,9 +74,10 @@ def load_pretrained(
             checkpoint,
             settings,
             dtype=dtype,
-            device=target_device(kwargs.get("device_map")),
+            device=device,
             activation=activation,
             quantize=quantize,
+            trace=runtime_config.moe_load_trace,
         ).plan()
         for message in plan.report.warnings:
             warnings.warn(message, stacklevel=4)
@@ -90,6 +95,7 @@ def load_pretrained(
             dtype=dtype,
             output_loading_info=True,
             moe_implementation=moe_implementation,
+            runtime_config=runtime_config,
             **kwargs,
         )
     problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}

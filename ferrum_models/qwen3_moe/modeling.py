@@ -6,6 +6,7 @@ checkpoint's (fused q/k/v and gate/up projections, packed experts) `planner.py` 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
 import ferrum_ops
-from ferrum_models.moe.profile import phase
+from ferrum_models.moe.profile import phase, profile
 from ferrum_models.moe.registry import check_implementation, run_experts
 from ferrum_models.moe.weights import DenseExpertWeights
 from ferrum_models.report import LoadReport
+from ferrum_ops.config import RuntimeConfig
 
 ACTIVATIONS = ("int8", "full")
 
@@ -204,7 +206,12 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
     implementations, `save_pretrained`, is transformers'.
     """
 
-    def __init__(self, config: Qwen3MoeConfig, moe_implementation: str = "fused") -> None:
+    def __init__(
+        self,
+        config: Qwen3MoeConfig,
+        moe_implementation: str = "fused",
+        runtime_config: RuntimeConfig | None = None,
+    ) -> None:
         check_implementation(moe_implementation)
         if config.hidden_act != "silu":
             raise ValueError(f"[Qwen3MoeForCausalLM] hidden_act: expected 'silu', got {config.hidden_act!r}")
@@ -215,6 +222,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         self.model.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.model.rotary_emb = RotaryEmbedding(config=config)
         self.load_report: LoadReport | None = None
+        self.runtime_config = RuntimeConfig() if runtime_config is None else runtime_config
         self.post_init()
         self.requires_grad_(False)  # its ops have no backward: calling it needs no torch.no_grad()
 
@@ -226,6 +234,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         moe_implementation: str = "fused",
         activation: str = "int8",
         quantize: str | None = None,
+        runtime_config: RuntimeConfig | None = None,
         **kwargs: Any,
     ) -> Qwen3MoeForCausalLM:
         """Load a checkpoint directory, packing quantised weights for the device they will run on.
@@ -236,11 +245,13 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             activation: CPU kernels: "int8" quantises activations per group of 128, "full" keeps them.
             quantize: "int4" packs the linears and experts of a dense checkpoint while loading (round to nearest,
                 groups of 128); None leaves them dense.
+            runtime_config: the knobs of this model, kept as `model.runtime_config`; None takes them from FERRUM_*
+                variables.
             kwargs: as in transformers: `dtype` (of the activations), `device_map`, `attn_implementation`, `config`, ...
 
         Raises:
             CheckpointError: the files do not hold exactly the tensors the configuration asks for.
-            ValueError: unknown names above.
+            ValueError: unknown names above, or a FERRUM_* variable that is unknown or malformed.
         """
         from ferrum_models.qwen3_moe.loading import load_pretrained
 
@@ -251,8 +262,18 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             moe_implementation=check_implementation(moe_implementation),
             activation=check_activation(activation),
             quantize=quantize,
+            runtime_config=RuntimeConfig() if runtime_config is None else runtime_config,
             **kwargs,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `runtime_config.moe_profile` prints where the MoE blocks' time went to stderr."""
+        if not self.runtime_config.moe_profile:
+            return super().generate(*args, **kwargs)
+        with profile() as times:
+            output = super().generate(*args, **kwargs)
+        print(times, file=sys.stderr)
+        return output
 
     def set_moe_implementation(self, name: str) -> None:
         """Switch every MoE block to "fused", "bucketed" or "per_pair"."""

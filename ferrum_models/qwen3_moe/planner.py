@@ -41,7 +41,7 @@ from ferrum_models.quantization.sources import (
     find_source,
 )
 from ferrum_models.qwen3_moe.modeling import is_sparse_layer
-from ferrum_models.report import LoadReport, ModuleReport
+from ferrum_models.report import LoadReport, ModuleReport, traced
 
 #: Tensors older writers store and no model needs.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
@@ -99,9 +99,11 @@ class Planner:
         device: torch.device,
         activation: str,
         quantize: str | None,
+        trace: bool = False,
     ) -> None:
         self.config, self.checkpoint, self.settings = config, checkpoint, settings
         self.dtype, self.device, self.activation, self.quantize = dtype, device, activation, quantize
+        self.trace = trace  # log every module as it is packed
         self.used: set[str] = set()
         self.result = Plan()
 
@@ -204,7 +206,7 @@ class Planner:
         return pick_layout(bits.pop(), group_size, self.device) if len(bits) == 1 else "dense"
 
     def add_group(self, path: str, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], build: Any) -> None:
-        group = LazyGroup(shapes, build)
+        group = LazyGroup(shapes, traced(path, build) if self.trace else build)
         self.result.tensors.update({f"{path}.{name}": t for name, t in group.tensors().items()})
 
     def add_report(self, path: str, layout: str, sources: list[LinearSource], nbytes: int) -> None:
