@@ -5,6 +5,9 @@
 STABLE_TORCH_LIBRARY(ferrum, m) {
   m.def("add_bias_(Tensor(a!) x, Tensor bias) -> ()");
   m.def("argmax_rows(Tensor logits, Tensor? mask=None) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lens, float scale, bool causal=True, "
+      "int window=0) -> Tensor");
   m.def("embedding_lookup(Tensor table, Tensor ids) -> Tensor");
   m.def("fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
@@ -36,6 +39,10 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, "
       "Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, "
       "int intermediate_size, str activation) -> Tensor");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, "
+      "Tensor kv_lens, float scale, bool causal=True, int window=0, Tensor? k_scale=None, Tensor? v_scale=None) "
+      "-> Tensor");
   m.def("paged_kv_write_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()");
   m.def(
       "paged_kv_write_int8_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale, Tensor(d!) v_scale, Tensor k, "

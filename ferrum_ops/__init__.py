@@ -3,6 +3,7 @@
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
 from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.ops.activation import gelu_tanh_mul, silu_mul, silu_mul_out
+from ferrum_ops.ops.attention import attention, paged_attention
 from ferrum_ops.ops.elementwise import (
     add_bias_,
     embedding_lookup,
@@ -36,6 +37,7 @@ __all__ = [
     "RuntimeConfig",
     "add_bias_",
     "argmax_rows",
+    "attention",
     "backends",
     "cpu_isa",
     "embedding_lookup",
@@ -59,6 +61,7 @@ __all__ = [
     "moe_combine",
     "moe_compute_ids_tpe",
     "moe_experts_int4",
+    "paged_attention",
     "paged_kv_write_",
     "paged_kv_write_int8_",
     "qk_norm_rope",

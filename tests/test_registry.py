@@ -228,6 +228,7 @@ def test_schemas_are_frozen():
         """\
 add_bias_(Tensor(a!) x, Tensor bias) -> ()
 argmax_rows(Tensor logits, Tensor? mask=None) -> Tensor
+attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lens, float scale, bool causal=True, int window=0) -> Tensor
 embedding_lookup(Tensor table, Tensor ids) -> Tensor
 fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)
 fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()
@@ -249,6 +250,7 @@ moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, T
 moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor
 moe_compute_ids_tpe(Tensor topk_ids, int num_experts, int[] out_features) -> (Tensor, Tensor, Tensor)
 moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, int intermediate_size, str activation) -> Tensor
+paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, Tensor kv_lens, float scale, bool causal=True, int window=0, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor
 paged_kv_write_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()
 paged_kv_write_int8_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale, Tensor(d!) v_scale, Tensor k, Tensor v, Tensor slot_mapping) -> ()
 qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved=False) -> Tensor

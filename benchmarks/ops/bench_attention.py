@@ -1,0 +1,56 @@
+"""Attention at Qwen3-30B-A3B's sizes. `python benchmarks/ops/bench_attention.py [--dtype float32] [--only decode]`
+
+The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. Prefills are
+bounded by arithmetic instead.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ferrum_ops.ops.attention import block_tables_for
+from ferrum_ops.ops.kv_cache import quantize_heads
+from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
+SCALE = HEAD_DIM**-0.5
+DECODES = ((1, 128), (1, 1024), (1, 4096), (8, 4096))  # sequences, keys
+PREFILLS = (512, 1024, 2048, 4096)
+
+
+def cases(dtype: torch.dtype = torch.bfloat16, only: str = "") -> Iterator[Case]:
+    decodes = [(batch, 1, keys) for batch, keys in DECODES] if only != "prefill" else []
+    prefills = [(1, tokens, tokens) for tokens in PREFILLS] if only != "decode" else []
+    for batch, tokens, keys in decodes + prefills:
+        q = torch.randn(batch, tokens, HEADS, HEAD_DIM).to(dtype)
+        k, v = torch.randn(2, batch, KV_HEADS, keys, HEAD_DIM).to(dtype).unbind()
+        lens = torch.full((batch,), keys, dtype=torch.int32)
+        moved = bytes_of(q, q, k, v)
+        label = f"B={batch} n={tokens} kv={keys}"
+
+        def sdpa(q=q, k=k, v=v, tokens=tokens):
+            q = q.transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, enable_gqa=True)
+
+        yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa)
+
+        tables, blocks = block_tables_for((keys,) * batch, BLOCK_SIZE)
+        pools = torch.randn(2, blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype).unbind()
+        starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
+        common = (tables, starts, lens, SCALE)
+        yield Case("paged_attention", label, (q.flatten(0, 1), *pools, *common), moved, sdpa)
+        if tokens == 1:
+            (k_codes, k_scale), (v_codes, v_scale) = map(quantize_heads, pools)
+            arguments = (q.flatten(0, 1), k_codes, v_codes, *common, True, 0, k_scale, v_scale)
+            moved = bytes_of(q, q) + 2 * batch * keys * KV_HEADS * (HEAD_DIM + 4)
+            yield Case("paged_attention", f"{label} int8", arguments, moved, sdpa)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--only", default="", choices=["", "decode", "prefill"])
+    args = parser.parse_args()
+    run_cases(cases(getattr(torch, args.dtype), args.only), repeats=10)

@@ -1,0 +1,230 @@
+// Tiles of keys and values in the order in which the products of attention read them.
+//
+// A packed tile is a row of panels of kPanel floats by `depth`: element [i][c] of a panel stands beside its neighbours
+// c of the output. Keys: c is the key, i the element of the head. Values: c is the element of the head, i the key.
+// A float holds either one value or, in the bfloat16 form, the two values i = 2n (low half) and 2n + 1.
+#pragma once
+
+#include "cpu/attention.h"
+
+namespace ferrum::cpu::FERRUM_LEVEL {
+namespace {
+
+// Rows by vectors of the register tile of a product: its accumulators, one line of the panel and a factor fit the
+// registers of the level.
+#if defined(FERRUM_LEVEL_AVX512)
+constexpr int kTileRows = 8, kTileVectors = 2;
+#elif defined(FERRUM_LEVEL_AVX2)
+constexpr int kTileRows = 6, kTileVectors = 1;
+#else
+constexpr int kTileRows = 2, kTileVectors = 1;
+#endif
+constexpr int64_t kPanel = kTileVectors * kLanes;
+static_assert(kPad % kPanel == 0 && kKeyTile % kPanel == 0, "padded tiles are whole panels");
+
+#if defined(FERRUM_LEVEL_AVX512)
+inline Vec load_codes(const int8_t* from, int64_t count) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), from)))};
+}
+
+inline __m512 unpack_low(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+inline __m512 unpack_high(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+
+inline void transpose(Vec* rows) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {  // block n of b[i + c] holds column 4n + c of rows i to i + 3
+    b[i] = unpack_low(a[i], a[i + 2]);
+    b[i + 1] = unpack_high(a[i], a[i + 2]);
+    b[i + 2] = unpack_low(a[i + 1], a[i + 3]);
+    b[i + 3] = unpack_high(a[i + 1], a[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+    const __m512 even_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+    const __m512 odd_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    rows[c].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    rows[4 + c].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    rows[8 + c].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    rows[12 + c].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+#elif defined(FERRUM_LEVEL_AVX2)
+inline Vec load_codes(const int8_t* from, int64_t count) {
+  int8_t lanes[kLanes] = {};
+  __builtin_memcpy(lanes, from, static_cast<size_t>(count));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
+
+inline void transpose8(__m256* rows) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+
+inline void transpose(Vec* rows) {
+  __m256 quarter[4][8];  // low and high lanes of rows 0 to 7, then of rows 8 to 15
+  for (int i = 0; i < 8; ++i) {
+    quarter[0][i] = rows[i].low;
+    quarter[1][i] = rows[i].high;
+    quarter[2][i] = rows[8 + i].low;
+    quarter[3][i] = rows[8 + i].high;
+  }
+  for (auto& q : quarter) {
+    transpose8(q);
+  }
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = {quarter[0][i], quarter[2][i]};
+    rows[8 + i] = {quarter[1][i], quarter[3][i]};
+  }
+}
+#else
+inline Vec load_codes(const int8_t* from, int64_t count) {
+  return per_lane([&](int64_t i) { return i < count ? static_cast<float>(from[i]) : 0.0f; });
+}
+
+inline void transpose(Vec* rows) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = x;
+    }
+  }
+}
+#endif
+
+// The rows of one cache that hold the keys of a tile.
+template <typename T>
+struct CacheRows {
+  const T* data;
+  const float* scale;  // per row, int8 only
+  const int64_t* rows;
+  int64_t count, head_dim;
+
+  const T* at(int64_t key) const { return data + rows[key] * head_dim; }
+  // Elements [d, d + 16) of a key, zeros behind the end of the head and behind the last key.
+  Vec load(int64_t key, int64_t d) const {
+    if (key >= count || d >= head_dim) {
+      return broadcast(0.0f);
+    }
+    const int64_t some = smaller(head_dim - d, kLanes);
+    if constexpr (sizeof(T) == 1) {
+      return load_codes(at(key) + d, some) * broadcast(scale[rows[key]]);
+    } else {
+      return load_some(at(key) + d, some);
+    }
+  }
+};
+
+// Whether no element seen so far is NaN or infinite: x * 0 is 0 for all others.
+struct FiniteProbe {
+  Vec sum = broadcast(0.0f);
+  void see(Vec x) { sum = fma(x, broadcast(0.0f), sum); }
+  bool finite() const { return reduce_add(sum) == 0.0f; }
+};
+
+template <typename T>
+inline void pack_keys_float32(const CacheRows<T>& k, int64_t depth, float* to) {
+  for (int64_t key = 0; key < k.count; key += kPanel) {
+    float* panel = to + key * depth;
+    for (int64_t block = 0; block < kPanel; block += kLanes) {
+      for (int64_t d = 0; d < k.head_dim; d += kLanes) {
+        Vec rows[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          rows[i] = k.load(key + block + i, d);
+        }
+        transpose(rows);
+        for (int64_t i = 0; i < smaller(k.head_dim - d, kLanes); ++i) {
+          store(panel + (d + i) * kPanel + block, rows[i]);
+        }
+      }
+    }
+  }
+}
+
+// Returns whether all values are finite. A panel has kKeyTile lines, of which those of the tile's keys are written.
+template <typename T>
+inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, float* to) {
+  FiniteProbe probe;
+  for (int64_t key = 0; key < v.count; ++key) {
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const Vec value = v.load(key, d);
+      probe.see(value);
+      store(to + d / kPanel * kPanel * kKeyTile + key * kPanel + d % kPanel, value);
+    }
+  }
+  return probe.finite();
+}
+
+#if defined(FERRUM_ATTENTION_PAIRS)
+// 32 elements [d, d + 32) of a key as they lie in memory, zeros behind the end of the head and behind the last key.
+inline Vec load_pairs(const CacheRows<BFloat16>& rows, int64_t key, int64_t d) {
+  if (key >= rows.count) {
+    return broadcast(0.0f);
+  }
+  const int64_t some = smaller(rows.head_dim - d, 2 * kLanes);
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << some) - 1);
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows.at(key) + d))};
+}
+
+inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* to) {
+  for (int64_t key = 0; key < k.count; key += kPanel) {
+    float* panel = to + key * depth;
+    for (int64_t block = 0; block < kPanel; block += kLanes) {
+      for (int64_t i = 0; i < depth; i += kLanes) {
+        Vec rows[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) {
+          rows[j] = load_pairs(k, key + block + j, 2 * i);
+        }
+        transpose(rows);
+        for (int64_t j = 0; j < smaller(depth - i, kLanes); ++j) {
+          store(panel + (i + j) * kPanel + block, rows[j]);
+        }
+      }
+    }
+  }
+}
+
+// As pack_values_float32, with half as many lines.
+inline bool pack_values_pairs(const CacheRows<BFloat16>& v, int64_t padded, float* to) {
+  FiniteProbe probe;
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  for (int64_t key = 0; key < v.count; key += 2) {
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const Vec first = v.load(key, d), second = v.load(key + 1, d);
+      probe.see(first);
+      probe.see(second);
+      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first.v), 16);
+      const __m512i pair = _mm512_or_si512(low, _mm512_and_si512(_mm512_castps_si512(second.v), high));
+      store(to + d / kPanel * kPanel * (kKeyTile / 2) + key / 2 * kPanel + d % kPanel, {_mm512_castsi512_ps(pair)});
+    }
+  }
+  return probe.finite();
+}
+#endif
+
+}  // namespace
+}  // namespace ferrum::cpu::FERRUM_LEVEL
