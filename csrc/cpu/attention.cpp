@@ -13,7 +13,7 @@
 namespace ferrum::cpu {
 namespace {
 
-using AttendKernel = void (*)(const Attention&, const AttentionItem&, float*);
+using AttendKernel = void (*)(const Attention&, const AttentionItem&, const AttentionItem*, float*);
 
 // Products of bfloat16 pairs are used where they are faster than float32: on AMD's cores they do twice the work of an
 // FMA in the same time, on Intel's without AMX half of it.
@@ -39,24 +39,29 @@ Keys keys_of_rows(const Attention& a, const AttentionSequence& s, int64_t begin,
   return {visible_keys(a, s, begin / a.group).begin, visible_keys(a, s, (end - 1) / a.group).end};
 }
 
-// Row tiles of one sequence and KV head, or a single row tile cut along the keys.
-void plan_head(const Attention& a, const AttentionSequence& s, int64_t kv_head, Plan& plan) {
+// Row tiles of one sequence, or a single row tile cut along the keys. Heads come last: where the heads of a token lie
+// side by side, those who read them at the same time share pages.
+void plan_sequence(const Attention& a, const AttentionSequence& s, Plan& plan) {
   const int64_t rows = s.tokens * a.group;
   for (int64_t row = 0; row < rows; row += kRowTile) {
     const int64_t end = std::min(row + kRowTile, rows);
     const Keys keys = keys_of_rows(a, s, row, end);
     plan.rows = std::max(plan.rows, end - row);
     const int64_t first = keys.begin / kKeySplit, last = (keys.end + kKeySplit - 1) / kKeySplit;
-    if (rows > kRowTile || last - first <= 1) {
-      plan.items.push_back({&s, kv_head, row, end, keys, -1});
-      continue;
+    const int64_t splits = rows > kRowTile ? 1 : std::max<int64_t>(last - first, 1);
+    const int64_t floats = partial_floats(a, end - row);
+    for (int64_t i = 0; i < splits; ++i) {
+      const Keys part = {std::max(keys.begin, (first + i) * kKeySplit),
+                         std::min(keys.end, (first + i + 1) * kKeySplit)};
+      for (int64_t h = 0; h < a.kv_heads; ++h) {
+        if (splits > 1 && i == 0) {
+          plan.split_items.emplace_back(plan.items.size(), splits);
+        }
+        const int64_t partial = splits > 1 ? plan.partial_floats + (h * splits + i) * floats : -1;
+        plan.items.push_back({&s, h, row, end, splits > 1 ? part : keys, partial});
+      }
     }
-    plan.split_items.emplace_back(plan.items.size(), last - first);
-    for (int64_t i = first; i < last; ++i) {
-      const Keys part = {std::max(keys.begin, i * kKeySplit), std::min(keys.end, (i + 1) * kKeySplit)};
-      plan.items.push_back({&s, kv_head, row, end, part, plan.partial_floats});
-      plan.partial_floats += partial_floats(a, end - row);
-    }
+    plan.partial_floats += splits > 1 ? a.kv_heads * splits * floats : 0;
   }
 }
 
@@ -74,9 +79,7 @@ std::vector<size_t> heavy_first(const std::vector<AttentionItem>& items) {
 // Computes a.out, of the shape of q, for the sequences of the plan.
 void run(Attention& a, Plan& plan, const Tensor& q) {
   for (const AttentionSequence& s : plan.sequences) {
-    for (int64_t h = 0; h < a.kv_heads; ++h) {
-      plan_head(a, s, h, plan);
-    }
+    plan_sequence(a, s, plan);
   }
   if (plan.items.empty()) {
     return;
@@ -88,12 +91,14 @@ void run(Attention& a, Plan& plan, const Tensor& q) {
   float* const scratch = mutable_data<float>(memory);
   a.partial = scratch + workers * floats;
   const std::vector<size_t> order = heavy_first(plan.items);
+  const auto item_at = [&](int64_t i) -> const AttentionItem& { return plan.items[order[static_cast<size_t>(i)]]; };
   const AttendKernel attend = pick_attend(a);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t i = next++; i < items; i = next++) {
-        attend(a, plan.items[order[static_cast<size_t>(i)]], scratch + worker * floats);
+        const AttentionItem* after = i + workers < items ? &item_at(i + workers) : nullptr;
+        attend(a, item_at(i), after, scratch + worker * floats);
       }
     }
   });

@@ -7,7 +7,7 @@ namespace ferrum::cpu {
 
 // Rows of queries that one work item holds, and keys of one step of its online softmax.
 constexpr int64_t kRowTile = 128;
-constexpr int64_t kKeyTile = 64;
+constexpr int64_t kKeyTile = 128;
 // A sequence whose queries fit one row tile is cut every this many keys, so that a long one occupies all cores. The
 // cuts lie at multiples of it whatever the number of threads: the result does not depend on that.
 constexpr int64_t kKeySplit = 512;
@@ -78,7 +78,8 @@ inline int64_t scratch_floats(const Attention& a, int64_t rows) {
 }
 
 FERRUM_DECLARE_LEVELS(
-    void attend(const Attention& a, const AttentionItem& item, float* scratch);
+    // `next` is the item that this thread will probably be given next, or null: its first keys are fetched meanwhile.
+    void attend(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch);
     // out of all rows of the item's sequence and head from its splits: `splits` partial results one after the other.
     void merge_splits(const Attention& a, const AttentionItem& item, int64_t splits);)
 
@@ -87,7 +88,7 @@ FERRUM_DECLARE_LEVELS(
 #define FERRUM_BF16_PAIRS
 namespace avx512 {
 // attend for bfloat16 queries and caches with the instruction that multiplies pairs of them.
-void attend_bf16_pairs(const Attention& a, const AttentionItem& item, float* scratch);
+void attend_bf16_pairs(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch);
 }  // namespace avx512
 #endif
 

@@ -11,6 +11,8 @@ struct State {
   float *q, *out, *scores, *weights, *keys, *values;
   float *largest, *sum, *correction;  // per row
   int32_t *begin, *end;               // per row, the visible keys of the tile at hand
+  int64_t next_rows[kKeyTile];        // of the caches, where the tile after it lies
+  Ahead ahead;
 
   State(const Attention& a, int64_t rows, float* scratch) : rows(rows), padded(padded_head_dim(a)) {
     const int64_t lines = (rows + kLanes - 1) / kLanes * kLanes;
@@ -49,8 +51,8 @@ struct Float32Product {
     pack_keys_float32(k, depth, to);
   }
   template <typename T>
-  static bool pack_values(const CacheRows<T>& v, int64_t padded, float* to) {
-    return pack_values_float32(v, padded, to);
+  static bool pack_values(const CacheRows<T>& v, int64_t padded, bool look, float* to) {
+    return pack_values_float32(v, padded, look, to);
   }
   // The weights of the rows [row, row + rows) as the left operand of the product with the values.
   static const float* weights(const State& s, int64_t row, int64_t) { return s.scores + row * kKeyTile; }
@@ -70,8 +72,8 @@ struct Bf16PairProduct {
     __builtin_memcpy(to, static_cast<const BFloat16*>(q) + offset, static_cast<size_t>(head_dim) * sizeof(BFloat16));
   }
   static void pack_keys(const CacheRows<BFloat16>& k, int64_t depth, float* to) { pack_keys_pairs(k, depth, to); }
-  static bool pack_values(const CacheRows<BFloat16>& v, int64_t padded, float* to) {
-    return pack_values_pairs(v, padded, to);
+  static bool pack_values(const CacheRows<BFloat16>& v, int64_t padded, bool look, float* to) {
+    return pack_values_pairs(v, padded, look, to);
   }
   static const float* weights(const State& s, int64_t row, int64_t rows) {
     for (int64_t r = row; r < row + rows; ++r) {
@@ -97,7 +99,8 @@ struct PanelProduct {
 };
 
 template <typename Product, int Rows>
-inline void multiply_rows(const PanelProduct& p) {
+inline void multiply_rows(const PanelProduct& p, Ahead& next) {
+  Ahead ahead = next;
   Vec sum[Rows][kTileVectors];
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < kTileVectors; ++v) {
@@ -107,6 +110,7 @@ inline void multiply_rows(const PanelProduct& p) {
     }
   }
   for (int64_t i = p.begin; i < p.end; ++i) {
+    ahead.step();
     Vec b[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
       b[v] = load(p.b + i * kPanel + v * kLanes);
@@ -122,14 +126,15 @@ inline void multiply_rows(const PanelProduct& p) {
       store(p.c + r * p.c_stride + v * kLanes, sum[r][v]);
     }
   }
+  next = ahead;
 }
 
 template <typename Product, int Rows>
-inline void multiply_panel(const PanelProduct& p, int64_t rows) {
+inline void multiply_panel(const PanelProduct& p, int64_t rows, Ahead& ahead) {
   if (rows == Rows) {
-    multiply_rows<Product, Rows>(p);
+    multiply_rows<Product, Rows>(p, ahead);
   } else if constexpr (Rows > 1) {
-    multiply_panel<Product, Rows - 1>(p, rows);
+    multiply_panel<Product, Rows - 1>(p, rows, ahead);
   }
 }
 
@@ -173,28 +178,34 @@ inline void weigh_row(State& s, int64_t r, float scale) {
     s.correction[r] = 1.0f;
     return;
   }
-  for (int64_t i = 0; i < kKeyTile; i += kLanes) {
-    store(x + i, load(static_cast<const float*>(x + i)) * broadcast(scale));
+  if (begin > 0 || end < kKeyTile) {
+    for (int64_t i = begin; i < end; ++i) {
+      x[i] *= scale;
+    }
+    for (int64_t i = 0; i < begin; ++i) {
+      x[i] = -__builtin_inff();
+    }
+    for (int64_t i = end; i < kKeyTile; ++i) {
+      x[i] = -__builtin_inff();
+    }
+    scale = 1.0f;
   }
-  for (int64_t i = 0; i < begin; ++i) {
-    x[i] = -__builtin_inff();
-  }
-  for (int64_t i = end; i < kKeyTile; ++i) {
-    x[i] = -__builtin_inff();
-  }
+  constexpr int64_t kVectors = kKeyTile / kLanes;
+  Vec score[kVectors];
   Vec most = broadcast(-__builtin_inff());
-  for (int64_t i = 0; i < kKeyTile; i += kLanes) {
-    most = max(most, load(static_cast<const float*>(x + i)));
+  for (int64_t i = 0; i < kVectors; ++i) {
+    score[i] = load(static_cast<const float*>(x + i * kLanes)) * broadcast(scale);
+    most = max(most, score[i]);
   }
   const float before = s.largest[r], tile = reduce_max(most);
   const float largest = tile > before ? tile : before;
   // With nothing but -inf so far, any finite reference gives the weights 0 that they should have.
   const float reference = largest == -__builtin_inff() ? 0.0f : largest;
   Vec total = broadcast(0.0f);
-  for (int64_t i = 0; i < kKeyTile; i += kLanes) {
-    const Vec weight = exp(load(static_cast<const float*>(x + i)) - broadcast(reference));
+  for (int64_t i = 0; i < kVectors; ++i) {
+    const Vec weight = exp(score[i] - broadcast(reference));
     total = total + weight;
-    store(x + i, weight);
+    store(x + i * kLanes, weight);
   }
   s.largest[r] = largest;
   s.correction[r] = before == reference ? 1.0f : exp_one(before - reference);
@@ -213,6 +224,16 @@ inline Keys any_visible(const State& s, int64_t begin, int64_t end) {
   return keys;
 }
 
+// Whether every row sees all of these keys of the tile.
+inline bool all_see(const State& s, Keys keys) {
+  for (int64_t r = 0; r < s.rows; ++r) {
+    if (s.begin[r] != keys.begin || s.end[r] != keys.end) {
+      return false;
+    }
+  }
+  return true;
+}
+
 template <typename Product>
 inline void score_rows(State& s, int64_t row, int64_t rows, Keys keys, int64_t depth) {
   for (int64_t key = keys.begin / kPanel * kPanel; key < keys.end; key += kPanel) {
@@ -224,7 +245,7 @@ inline void score_rows(State& s, int64_t row, int64_t rows, Keys keys, int64_t d
                          kKeyTile,
                          0,
                          depth};
-    multiply_panel<Product, kTileRows>(p, rows);
+    multiply_panel<Product, kTileRows>(p, rows, s.ahead);
   }
 }
 
@@ -241,7 +262,7 @@ inline void add_values(State& s, int64_t row, int64_t rows, Keys keys) {
                          s.padded,
                          keys.begin / step,
                          (keys.end + step - 1) / step};
-    multiply_panel<Product, kTileRows>(p, rows);
+    multiply_panel<Product, kTileRows>(p, rows, s.ahead);
   }
 }
 
@@ -273,7 +294,7 @@ void attend_tile(const Attention& a, const AttentionItem& item, State& s, int64_
   const CacheRows<T> v{static_cast<const T*>(a.v), a.v_scale, rows, count, a.head_dim};
   const int64_t depth = (a.head_dim + Product::kPerElement - 1) / Product::kPerElement;
   Product::pack_keys(k, depth, s.keys);
-  const bool finite = Product::pack_values(v, s.padded, s.values);
+  const bool finite = Product::pack_values(v, s.padded, !all_see(s, seen), s.values);
   for (int64_t row = 0; row < s.rows; row += kTileRows) {
     const int64_t some = smaller(kTileRows, s.rows - row);
     const Keys keys = any_visible(s, row, row + some);
@@ -308,8 +329,24 @@ inline void write_row(const Attention& a, const AttentionItem& item, int64_t row
   });
 }
 
+// Has the products fetch the keys of the item from `begin` on, as many as a tile holds.
+template <typename T>
+void fetch_ahead(const Attention& a, const AttentionItem& item, int64_t begin, State& s) {
+  const Keys keys{begin, smaller(begin + kKeyTile, item.keys.end)};
+  s.ahead = Ahead{};
+  if (keys.begin < keys.end) {
+    find_rows(a, item, keys, s.next_rows);
+    s.ahead = {static_cast<const char*>(a.k),
+               static_cast<const char*>(a.v),
+               s.next_rows,
+               s.next_rows + (keys.end - keys.begin),
+               a.head_dim * static_cast<int64_t>(sizeof(T)),
+               0};
+  }
+}
+
 template <typename Product, typename T>
-void attend_item(const Attention& a, const AttentionItem& item, float* scratch) {
+void attend_item(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch) {
   State s(a, item.row_end - item.row_begin, scratch);
   start_rows<Product>(a, item, s);
   // Tiles begin at multiples of kKeyTile, so that a row's result does not depend on the rows it shares the item with.
@@ -323,6 +360,11 @@ void attend_item(const Attention& a, const AttentionItem& item, float* scratch) 
     }
     const Keys seen = any_visible(s, 0, s.rows);
     if (seen.begin < seen.end) {
+      if (begin + kKeyTile < item.keys.end) {
+        fetch_ahead<T>(a, item, begin + kKeyTile, s);
+      } else if (next != nullptr) {
+        fetch_ahead<T>(a, *next, next->keys.begin, s);
+      }
       attend_tile<Product, T>(a, item, s, begin, seen);
     }
   }
@@ -342,16 +384,16 @@ void attend_item(const Attention& a, const AttentionItem& item, float* scratch) 
 }  // namespace
 
 #if defined(FERRUM_ATTENTION_PAIRS)
-void attend_bf16_pairs(const Attention& a, const AttentionItem& item, float* scratch) {
-  attend_item<Bf16PairProduct, BFloat16>(a, item, scratch);
+void attend_bf16_pairs(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch) {
+  attend_item<Bf16PairProduct, BFloat16>(a, item, next, scratch);
 }
 #else
-void attend(const Attention& a, const AttentionItem& item, float* scratch) {
+void attend(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch) {
   if (a.k_scale != nullptr) {
-    attend_item<Float32Product, int8_t>(a, item, scratch);
+    attend_item<Float32Product, int8_t>(a, item, next, scratch);
     return;
   }
-  with_type(a.dtype, [&](auto t) { attend_item<Float32Product, decltype(t)>(a, item, scratch); });
+  with_type(a.dtype, [&](auto t) { attend_item<Float32Product, decltype(t)>(a, item, next, scratch); });
 }
 
 void merge_splits(const Attention& a, const AttentionItem& item, int64_t splits) {

@@ -139,6 +139,30 @@ struct CacheRows {
   }
 };
 
+// Rows of both caches that will be needed next. The products ask for one cache line of each per step of their inner
+// loop: a tile has about as many steps as lines, so that memory is read at an even pace while the processor computes.
+struct Ahead {
+  const char* k = nullptr;
+  const char* v = nullptr;
+  const int64_t* row = nullptr;
+  const int64_t* end = nullptr;
+  int64_t row_bytes = 0, byte = 0;
+
+  void step() {
+    if (row == end) {
+      return;
+    }
+    const int64_t at = *row * row_bytes + byte;
+    __builtin_prefetch(k + at);
+    __builtin_prefetch(v + at);
+    byte += 64;
+    if (byte >= row_bytes) {
+      byte = 0;
+      ++row;
+    }
+  }
+};
+
 // Whether no element seen so far is NaN or infinite: x * 0 is 0 for all others.
 struct FiniteProbe {
   Vec sum = broadcast(0.0f);
@@ -165,14 +189,17 @@ inline void pack_keys_float32(const CacheRows<T>& k, int64_t depth, float* to) {
   }
 }
 
-// Returns whether all values are finite. A panel has kKeyTile lines, of which those of the tile's keys are written.
+// Returns whether all values are finite, if it is asked to look. A panel has kKeyTile lines, of which those of the
+// tile's keys are written.
 template <typename T>
-inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, float* to) {
+inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, bool look, float* to) {
   FiniteProbe probe;
   for (int64_t key = 0; key < v.count; ++key) {
     for (int64_t d = 0; d < padded; d += kLanes) {
       const Vec value = v.load(key, d);
-      probe.see(value);
+      if (look) {
+        probe.see(value);
+      }
       store(to + d / kPanel * kPanel * kKeyTile + key * kPanel + d % kPanel, value);
     }
   }
@@ -209,20 +236,28 @@ inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* 
 }
 
 // As pack_values_float32, with half as many lines.
-inline bool pack_values_pairs(const CacheRows<BFloat16>& v, int64_t padded, float* to) {
-  FiniteProbe probe;
-  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+inline bool pack_values_pairs(const CacheRows<BFloat16>& v, int64_t padded, bool look, float* to) {
+  static_assert(kPanel == 2 * kLanes, "one load of 32 elements fills a line of a panel");
+  const __m512i word = _mm512_set1_epi32(32 << 16);  // 32 + i is word i of the second operand
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i first_half = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), word);
+  const __m512i second_half = _mm512_add_epi32(first_half, _mm512_set1_epi32(16 << 16 | 16));
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i largest = _mm512_setzero_si512();
   for (int64_t key = 0; key < v.count; key += 2) {
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      const Vec first = v.load(key, d), second = v.load(key + 1, d);
-      probe.see(first);
-      probe.see(second);
-      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first.v), 16);
-      const __m512i pair = _mm512_or_si512(low, _mm512_and_si512(_mm512_castps_si512(second.v), high));
-      store(to + d / kPanel * kPanel * (kKeyTile / 2) + key / 2 * kPanel + d % kPanel, {_mm512_castsi512_ps(pair)});
+    for (int64_t d = 0; d < padded; d += kPanel) {
+      const __m512i first = _mm512_castps_si512(load_pairs(v, key, d).v);
+      const __m512i second = _mm512_castps_si512(load_pairs(v, key + 1, d).v);
+      if (look) {
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(first, magnitude));
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(second, magnitude));
+      }
+      float* line = to + d * (kKeyTile / 2) + key / 2 * kPanel;
+      store(line, {_mm512_castsi512_ps(_mm512_permutex2var_epi16(first, first_half, second))});
+      store(line + kLanes, {_mm512_castsi512_ps(_mm512_permutex2var_epi16(first, second_half, second))});
     }
   }
-  return probe.finite();
+  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;  // bits of infinity; NaN lies above
 }
 #endif
 
