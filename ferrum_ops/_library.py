@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,18 +59,74 @@ def register(
     The family is the stem of the module that calls this.
     """
     family = ref.__module__.rpartition(".")[2]
-    _fragment.impl(name, ref, "CompositeImplicitAutograd" if composite else "CompositeExplicitAutograd")
+    key = "CompositeImplicitAutograd" if composite else "CompositeExplicitAutograd"
+    _fragment.impl(name, _on_one_device(name, ref), key)
     if fake is not None:
-        torch.library.register_fake(f"ferrum::{name}", fake, lib=_fragment)
+        torch.library.register_fake(f"ferrum::{name}", _on_one_device(name, fake), lib=_fragment)
     OPS[name] = Op(name, family, ref, fake, inputs, composite)
+
+
+def _on_one_device(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, raising first where tensors lie on several devices. (Kernels check for themselves.)"""
+    packet, _, overload = name.partition(".")
+    schema = getattr(getattr(torch.ops.ferrum, packet), overload or "default")._schema
+    names = [argument.name for argument in schema.arguments]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        expected: torch.device | None = None
+        for argument, value in (*zip(names, args), *kwargs.items()):
+            if isinstance(value, torch.Tensor):
+                expected = value.device if expected is None else expected
+                if value.device != expected:
+                    raise RuntimeError(f"[{packet}] {argument}: expected a tensor on {expected}, got {value.device}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would have to differentiate an op of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def refuse_grad(op: str, *tensors: torch.Tensor | None) -> None:
     """Raise for an op without a backward when autograd would have to differentiate it."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         raise RuntimeError(
             f"[{op}] has no backward: expected inputs that do not require grad; call it under torch.no_grad()"
         )
+
+
+def differentiable(
+    function: Callable[..., Any], backward: Callable[..., tuple[torch.Tensor | None, ...]]
+) -> Callable[..., Any]:
+    """`function` with a gradient, for the calls that need one.
+
+    `backward(needs, grads, *args)` takes which arguments need a gradient, the gradients of the outputs, and the
+    arguments of the call; it returns a gradient or None for each argument.
+
+    A public function calls this only where `needs_grad`. An Autograd kernel of the op (torch.library.register_autograd)
+    would stand in the way of every other call too: it is Python, and costs more than a small op's own work.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return function(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors = [a if isinstance(a, torch.Tensor) else None for a in inputs]
+            ctx.save_for_backward(*tensors)
+            ctx.values = [None if isinstance(a, torch.Tensor) else a for a in inputs]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            args = [value if tensor is None else tensor for tensor, value in zip(ctx.saved_tensors, ctx.values)]
+            return backward(ctx.needs_input_grad, grads, *args)
+
+    return Differentiable.apply
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ferrum_ops._library import refuse_grad, register
+from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
 from ferrum_ops.ops.norm import check_activation, check_rows, check_rows_apart, check_shape, compute_dtype, expect
 
 
 def silu_mul(gate_up: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """`silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`: the gated unit of SwiGLU (arXiv:2002.05202).
 
-    Evaluated in float32 and rounded once to the input's dtype.
+    Evaluated in float32 and rounded once to the input's dtype. Both inputs have gradients.
 
     Args:
         gate_up: `[..., 2I]` with the gate in the first half of every row, or `[..., I]`, the gate alone, when `up` is
@@ -25,9 +25,10 @@ def silu_mul(gate_up: torch.Tensor, up: torch.Tensor | None = None) -> torch.Ten
         Contiguous `[..., I]` of the input's dtype.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+        RuntimeError: other dtypes, shapes or strides.
     """
-    refuse_grad("silu_mul", gate_up, up)
+    if needs_grad(gate_up, up):
+        return _differentiable_silu_mul(gate_up) if up is None else _differentiable_silu_mul_gate_up(gate_up, up)
     return torch.ops.ferrum.silu_mul(gate_up) if up is None else torch.ops.ferrum.silu_mul.gate_up(gate_up, up)
 
 
@@ -47,6 +48,30 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def silu_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
     size = _halves_size("silu_mul", gate_up)
     return _gated(gate_up[..., :size], gate_up[..., size:])
+
+
+def _silu_mul_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    compute = compute_dtype(gate.dtype)
+    grad, gate, up = grad.to(compute), gate.to(compute), up.to(compute)
+    sigmoid = torch.sigmoid(gate)
+    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+
+
+def silu_mul_backward(
+    needs: Sequence[bool], grads: Sequence[torch.Tensor], gate_up: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    return (torch.cat(_silu_mul_backward(grads[0], *gate_up.chunk(2, -1)), -1).to(gate_up.dtype),)
+
+
+def silu_mul_gate_up_backward(
+    needs: Sequence[bool], grads: Sequence[torch.Tensor], gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    grad_gate, grad_up = _silu_mul_backward(grads[0], gate, up)
+    return grad_gate.to(gate.dtype), grad_up.to(up.dtype)
+
+
+_differentiable_silu_mul = differentiable(torch.ops.ferrum.silu_mul.default, silu_mul_backward)
+_differentiable_silu_mul_gate_up = differentiable(torch.ops.ferrum.silu_mul.gate_up, silu_mul_gate_up_backward)
 
 
 def silu_mul_fake(gate_up: torch.Tensor) -> torch.Tensor:
@@ -139,7 +164,8 @@ def silu_mul_out_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, 
 def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`gelu(gate) * up` with `gelu(g) = g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3))) / 2` (arXiv:2002.05202).
 
-    The tanh form of GELU (arXiv:1606.08415, section 2), evaluated in float32 and rounded once to the input's dtype.
+    The tanh form of GELU (arXiv:1606.08415, section 2), evaluated in float32 and rounded once to the input's dtype. The
+    input has a gradient.
 
     Args:
         gate_up: `[..., 2I]` with the gate in the first half of every row; float32, float16 or bfloat16; rows contiguous
@@ -149,9 +175,10 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
         Contiguous `[..., I]` of the input's dtype.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+        RuntimeError: other dtypes, shapes or strides.
     """
-    refuse_grad("gelu_tanh_mul", gate_up)
+    if needs_grad(gate_up):
+        return _differentiable_gelu_tanh_mul(gate_up)
     return torch.ops.ferrum.gelu_tanh_mul(gate_up)
 
 
@@ -160,6 +187,19 @@ def gelu_tanh_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
     compute = compute_dtype(gate_up.dtype)
     gate, up = gate_up[..., :size].to(compute), gate_up[..., size:].to(compute)
     return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype).contiguous()
+
+
+def gelu_tanh_mul_backward(
+    needs: Sequence[bool], grads: Sequence[torch.Tensor], gate_up: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    compute = compute_dtype(gate_up.dtype)
+    grad, (gate, up) = grads[0].to(compute), gate_up.to(compute).chunk(2, -1)
+    grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+    grad_up = grad * torch.nn.functional.gelu(gate, approximate="tanh")
+    return (torch.cat((grad_gate, grad_up), -1).to(gate_up.dtype),)
+
+
+_differentiable_gelu_tanh_mul = differentiable(torch.ops.ferrum.gelu_tanh_mul, gelu_tanh_mul_backward)
 
 
 def gelu_tanh_mul_fake(gate_up: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,13 @@ T rows, K in-features, N out-features, G groups, K_packed packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ferrum_ops._library import refuse_grad, register
+from ferrum_ops._library import differentiable, needs_grad, register
 from ferrum_ops.formats import gptq
 from ferrum_ops.formats import int4 as layout
 
@@ -62,11 +62,15 @@ def int4_linear(
     in a row of x makes its row of the result NaN.
     activation "full": x is kept in fp32 and fp32 sums are taken; the same bits for any number of threads and batch.
 
-    Returns `[..., N]` of x's dtype. Raises RuntimeError naming the argument for anything else, and when an input
-    requires grad.
+    x and bias have gradients; that of x is `grad @ w.T` with the dequantised weights, in fp32. For "int8" it is the
+    straight-through estimate: the rounding of x counts as the identity.
+
+    Returns `[..., N]` of x's dtype. Raises RuntimeError naming the argument for anything else.
     """
-    refuse_grad("int4_linear", x, bias)
-    return torch.ops.ferrum.int4_linear(x, packed, scales, zeros, perm, bias, out_features, group_size, activation)
+    arguments = (x, packed, scales, zeros, perm, bias, out_features, group_size, activation)
+    if needs_grad(x, bias):
+        return _differentiable_int4_linear(*arguments)
+    return torch.ops.ferrum.int4_linear(*arguments)
 
 
 def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,6 +125,25 @@ def multiply_packed(
     return out
 
 
+def dequantize_packed(
+    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weights `[K_packed, N_pad]` in the order of the packed rows."""
+    columns = packed.shape[0] * layout.TILE_COLUMNS
+    codes = layout.unpack_codes(packed, columns).to(dtype)
+    group = torch.arange(codes.shape[0], device=codes.device) // group_size
+    zero = layout.SYMMETRIC_ZERO if zeros is None else layout.unpack_groups(zeros, columns).to(dtype)[group]
+    return (codes - zero) * layout.unpack_groups(scales, columns).to(dtype)[group]
+
+
+def scatter_channels(rows: torch.Tensor, perm: torch.Tensor | None, in_features: int) -> torch.Tensor:
+    """The transpose of `gather_channels`: `[M, K_packed]` added up by input channel, `[M, K]`."""
+    if perm is None:
+        return rows[:, :in_features]
+    channel = torch.where(perm >= 0, perm, in_features).long()  # padding goes to a column behind the last
+    return rows.new_zeros(rows.shape[0], in_features + 1).index_add(1, channel, rows)[:, :in_features]
+
+
 def check_activation(op: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise RuntimeError(f'[{op}] activation: expected "int8" or "full", got "{activation}"')
@@ -158,6 +181,32 @@ def int4_linear_ref(
     if bias is not None:
         out = out + bias.to(out.dtype)
     return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def int4_linear_backward(
+    needs: Sequence[bool],
+    grads: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> tuple[torch.Tensor | None, ...]:
+    compute = compute_dtype(x)
+    grad = grads[0].reshape(-1, out_features).to(compute)
+    grad_x = None
+    if needs[0]:
+        weight = dequantize_packed(packed, scales, zeros, group_size, compute)[:, :out_features]
+        grad_x = scatter_channels(grad @ weight.T, perm, x.shape[-1]).to(x.dtype).reshape(x.shape)
+    grad_bias = grad.sum(0).to(bias.dtype) if bias is not None and needs[5] else None
+    return grad_x, *(None,) * 4, grad_bias, *(None,) * 3
+
+
+_differentiable_int4_linear = differentiable(torch.ops.ferrum.int4_linear, int4_linear_backward)
 
 
 def int4_pack_fake(qweight: torch.Tensor, perm: torch.Tensor | None, in_features: int) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ferrum_ops._library import refuse_grad, register
+from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
 
 #: What the kernels take; the references also take float64, in which they are the oracle of the tests.
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,7 +72,7 @@ def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    Evaluated in float32 and rounded once to x's dtype.
+    Evaluated in float32 and rounded once to x's dtype. x and weight have gradients.
 
     Args:
         x: `[..., D]`, float32, float16 or bfloat16. Rows are contiguous with one row stride, as in any contiguous
@@ -84,9 +84,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         Contiguous tensor of x's shape and dtype.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+        RuntimeError: other dtypes, shapes or strides.
     """
-    refuse_grad("rms_norm", x, weight)
+    if needs_grad(x, weight):
+        return _differentiable_rms_norm(x, weight, eps)
     return torch.ops.ferrum.rms_norm(x, weight, eps)
 
 
@@ -99,6 +100,28 @@ def _check_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     _check_rms_norm(x, weight)
     return normalize(x.to(compute_dtype(x.dtype)), weight, eps).to(x.dtype).contiguous()
+
+
+def normalize_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `normalize` with respect to x and weight, in x's own dtype (float32 or float64)."""
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normed = x * inverse
+    grad_normed = grad * weight.to(x.dtype)
+    grad_x = inverse * (grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True))
+    return grad_x, (grad * normed).flatten(0, -2).sum(0) if x.dim() > 1 else grad * normed
+
+
+def rms_norm_backward(
+    needs: Sequence[bool], grads: Sequence[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor | None, ...]:
+    compute = compute_dtype(x.dtype)
+    grad_x, grad_weight = normalize_backward(grads[0].to(compute), x.to(compute), weight, eps)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype) if needs[1] else None, None
+
+
+_differentiable_rms_norm = differentiable(torch.ops.ferrum.rms_norm, rms_norm_backward)
 
 
 def rms_norm_fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -124,7 +147,8 @@ def fused_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`s = x + residual`, then `s * rsqrt(mean(s^2) + eps) * weight`: the next block's input and its residual.
 
-    The sum is normalised as it stands in float32, before it is rounded for the residual stream.
+    The sum is normalised as it stands in float32, before it is rounded for the residual stream. All three tensors have
+    gradients.
 
     Args:
         x, residual: `[..., D]` of one shape and dtype (float32, float16 or bfloat16); rows as in `rms_norm`.
@@ -135,9 +159,10 @@ def fused_add_rms_norm(
         The normalised rows, and the sum rounded to x's dtype; both contiguous, of x's shape and dtype.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides, or an input that requires grad while autograd is on.
+        RuntimeError: other dtypes, shapes or strides.
     """
-    refuse_grad("fused_add_rms_norm", x, residual, weight)
+    if needs_grad(x, residual, weight):
+        return _differentiable_fused_add(x, residual, weight, eps)
     return torch.ops.ferrum.fused_add_rms_norm(x, residual, weight, eps)
 
 
@@ -159,6 +184,24 @@ def fused_add_rms_norm_ref(
     return normed, total.to(x.dtype).contiguous()
 
 
+def fused_add_rms_norm_backward(
+    needs: Sequence[bool],
+    grads: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor | None, ...]:
+    compute = compute_dtype(x.dtype)
+    total = x.to(compute) + residual.to(compute)
+    grad_total, grad_weight = normalize_backward(grads[0].to(compute), total, weight, eps)
+    grad_total = (grad_total + grads[1].to(compute)).to(x.dtype)
+    return grad_total, grad_total, grad_weight.to(weight.dtype) if needs[2] else None, None
+
+
+_differentiable_fused_add = differentiable(torch.ops.ferrum.fused_add_rms_norm, fused_add_rms_norm_backward)
+
+
 def fused_add_rms_norm_fake(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +219,8 @@ def fused_add_rms_norm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple
 def fused_add_rms_norm_(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> None:
     """`fused_add_rms_norm` in place: `x` becomes the normalised rows, `residual` the rounded sum.
 
-    Args and errors as there; also raised when rows of a mutated tensor overlap or when both are the same memory.
+    Args and errors as there; also raised when rows of a mutated tensor overlap or when both are the same memory, and
+    when an input requires grad while autograd is on.
     """
     refuse_grad("fused_add_rms_norm_", x, residual, weight)
     torch.ops.ferrum.fused_add_rms_norm_(x, residual, weight, eps)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ferrum_ops._library import refuse_grad, register
-from ferrum_ops.ops.norm import check_activation, check_float32, check_weight, compute_dtype, expect, normalize
+from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
+from ferrum_ops.ops.norm import (
+    check_activation,
+    check_float32,
+    check_weight,
+    compute_dtype,
+    expect,
+    normalize,
+    normalize_backward,
+)
 
 
 def qk_norm_rope(
@@ -24,7 +32,8 @@ def qk_norm_rope(
 
     With R = 2 * cos.shape[1] <= D, elements `i` and `i + R/2` (half-split), or `2i` and `2i + 1` (interleaved), are
     rotated as `(a*cos - b*sin, b*cos + a*sin)` by column i of the row of the table that belongs to the token.
-    Elements from R on are not rotated. Evaluated in float32 and rounded once to x's dtype.
+    Elements from R on are not rotated. Evaluated in float32 and rounded once to x's dtype. x and norm_weight have
+    gradients, the tables have none.
 
     Args:
         x: `[T, heads, D]`, float32, float16 or bfloat16; last dimension contiguous, other strides free.
@@ -38,9 +47,11 @@ def qk_norm_rope(
 
     Raises:
         RuntimeError: other dtypes, shapes or strides; on CPU a position outside the table (on other devices such a
-            token is NaN); an input that requires grad while autograd is on.
+            token is NaN); a table that requires grad while autograd is on.
     """
-    refuse_grad("qk_norm_rope", x, norm_weight, cos, sin)
+    refuse_grad("qk_norm_rope", cos, sin)
+    if needs_grad(x, norm_weight):
+        return _differentiable_qk_norm_rope(x, norm_weight, cos, sin, positions, eps, interleaved)
     return torch.ops.ferrum.qk_norm_rope(x, norm_weight, cos, sin, positions, eps, interleaved)
 
 
@@ -136,6 +147,30 @@ def qk_norm_rope_ref(
     _check_qk_norm_rope(x, norm_weight, cos, sin, positions)
     cos, sin = _table_rows("qk_norm_rope", x.shape[0], cos, sin, positions)
     return _norm_rotate(x, norm_weight, cos, sin, eps, interleaved)
+
+
+def qk_norm_rope_backward(
+    needs: Sequence[bool],
+    grads: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    compute = compute_dtype(x.dtype)
+    cos, sin = _table_rows("qk_norm_rope", x.shape[0], cos, sin, positions)
+    # A rotation's inverse is its transpose.
+    grad = _rotate(grads[0].to(compute), cos.to(compute), -sin.to(compute), interleaved)
+    if norm_weight is None:
+        return grad.to(x.dtype), *(None,) * 6
+    grad_x, grad_weight = normalize_backward(grad, x.to(compute), norm_weight, eps)
+    return grad_x.to(x.dtype), grad_weight.to(norm_weight.dtype) if needs[1] else None, *(None,) * 5
+
+
+_differentiable_qk_norm_rope = differentiable(torch.ops.ferrum.qk_norm_rope, qk_norm_rope_backward)
 
 
 def qk_norm_rope_fake(

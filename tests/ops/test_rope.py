@@ -213,6 +213,6 @@ def test_bad_input_is_named(case, form):
 
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="has no backward"):
-        ferrum_ops.qk_norm_rope(X.clone().requires_grad_(), None, COS, SIN)
+        ferrum_ops.qk_norm_rope(X, None, COS.clone().requires_grad_(), SIN)
     with pytest.raises(RuntimeError, match="has no backward"):
         ferrum_ops.split_qkv_norm_rope(QKV, W.clone().requires_grad_(), None, COS, SIN, AT, 2, 1, 64)

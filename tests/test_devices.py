@@ -1,0 +1,74 @@
+"""Tensors on two devices raise by name, and nothing is kept between calls. (The meta device stands for a second one.)"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import ferrum_ops
+
+
+def torch_op(name):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.ferrum, packet), overload or "default")
+
+
+def tensor_indices(args):
+    return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+
+def sample_with_most_tensors(op):
+    return max(op.inputs("cpu", torch.float32), key=lambda args: len(tensor_indices(args)))
+
+
+@pytest.mark.parametrize("name", sorted(ferrum_ops.OPS))
+def test_a_tensor_on_another_device_is_named(name):
+    args = sample_with_most_tensors(ferrum_ops.OPS[name])
+    indices = tensor_indices(args)
+    arguments = torch_op(name)._schema.arguments
+    for moved in indices[1:]:
+        elsewhere = [a.to("meta") if i == moved else a for i, a in enumerate(args)]
+        message = rf"\[{name.partition('.')[0]}\] {arguments[moved].name}: expected a tensor on cpu, got meta"
+        with pytest.raises(RuntimeError, match=message):
+            torch_op(name)(*elsewhere)
+    if len(indices) > 1:
+        others = [a.to("meta") if i == indices[0] else a for i, a in enumerate(args)]
+        with pytest.raises(RuntimeError, match=r"expected a tensor on meta, got cpu"):
+            torch_op(name)(*others)
+
+
+@pytest.mark.parametrize("name", sorted(ferrum_ops.OPS))
+def test_meta_tensors_alone_give_meta_tensors(name):
+    args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample_with_most_tensors(ferrum_ops.OPS[name])]
+    result = torch_op(name)(*args)
+    outputs = [] if result is None else [result] if isinstance(result, torch.Tensor) else list(result)
+    assert all(o.device.type == "meta" for o in outputs)
+
+
+def test_calls_from_several_threads_do_not_meet():
+    """Every op at once from four threads, each in another order: the bits of one thread alone."""
+    names = sorted(ferrum_ops.OPS)
+    samples = {}
+    for name in names:
+        torch.manual_seed(0)
+        samples[name] = [args for args, _ in zip(ferrum_ops.OPS[name].inputs("cpu", torch.float32), range(2))]
+
+    def run(order):
+        results = {}
+        for name in order:
+            arguments = torch_op(name)._schema.arguments
+            for args in samples[name]:
+                args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+                result = torch_op(name)(*args)
+                outputs = [] if result is None else [result] if isinstance(result, torch.Tensor) else list(result)
+                written = [a for a, s in zip(args, arguments) if s.alias_info is not None and s.alias_info.is_write]
+                results.setdefault(name, []).extend([*outputs, *written])
+        return results
+
+    expected = run(names)
+    orders = [names[k:] + names[:k] for k in range(0, len(names), max(1, len(names) // 4))][:4]
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(run, orders):
+            for name in names:
+                for g, e in zip(got[name], expected[name], strict=True):
+                    assert torch.equal(g.nan_to_num(), e.nan_to_num()), name
