@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
       "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
       "ScalarType dtype) -> Tensor");
   m.def(
+      "gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, "
+      "int zero_offset) -> Tensor");
+  m.def(
       "int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "int out_features, int group_size, str activation) -> Tensor");
   m.def("int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor");

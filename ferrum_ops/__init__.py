@@ -15,7 +15,7 @@ from ferrum_ops.ops.elementwise import (
     transpose_head_to_token,
     transpose_token_to_head,
 )
-from ferrum_ops.ops.gptq import gptq_dequantize
+from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
 from ferrum_ops.ops.marlin import marlin_permute_scales, marlin_repack, marlin_unpack, marlin_unpermute_scales
@@ -47,6 +47,7 @@ __all__ = [
     "gelu",
     "gelu_tanh_mul",
     "gptq_dequantize",
+    "gptq_gemm",
     "int4_linear",
     "int4_pack",
     "int4_unpack",

@@ -1,6 +1,8 @@
-"""Dequantising GPTQ weights at Qwen3-30B-A3B's sizes, groups of 128.
+"""Dequantising GPTQ weights, and multiplying by them, at Qwen3-30B-A3B's sizes, groups of 128.
 
 `python benchmarks/ops/bench_gptq.py [--dtype bfloat16] [--compile]`
+
+What gptq_gemm is held against is gptq_dequantize and a dense product in x's dtype.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from ferrum_ops.testing.timing import Case, bytes_of, run_cases
 # (in, out): an expert's gate or up, its down, attention's output projection.
 SIZES = ((2048, 768), (768, 2048), (4096, 2048))
 GROUP_SIZE = 128
+ROWS = (1, 8, 128)
 
 
 def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
@@ -33,6 +36,25 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
                 label = f"{bits} bit {in_features}x{out_features}{order}"
                 yield Case("gptq_dequantize", label, arguments, bytes_of(*tensors) + written, eager)
+    yield from gemm_cases(dtype)
+
+
+def gemm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for bits in gptq.SUPPORTED_BITS:
+        in_features, out_features = SIZES[0]
+        tensors = random_projection(in_features, out_features, in_features // GROUP_SIZE, bits, "cpu")
+        regular = torch.arange(in_features, dtype=torch.int32) // GROUP_SIZE
+        for order, g_idx in (("", None), (" act-order", regular[torch.randperm(in_features)])):
+            for rows in ROWS:
+                x = torch.randn(rows, in_features, dtype=dtype)
+                dequantize = (*tensors, g_idx, bits, 1, dtype)
+
+                def eager(x=x, dequantize=dequantize):
+                    return x @ ferrum_ops.gptq_dequantize(*dequantize)
+
+                moved = bytes_of(*tensors, x) + rows * out_features * dtype.itemsize
+                label = f"{bits} bit M={rows}{order}"
+                yield Case("gptq_gemm", label, (x, *tensors, g_idx, None, bits, 1), moved, eager)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-// gptq_dequantize on CPU: argument checks, zero points and scales as tables, rows in parallel.
-#include "common/gptq.h"
-
+// gptq_dequantize on CPU: argument checks, zero points and scales as tables,
+// rows in parallel.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,9 +7,9 @@
 #include <memory>
 #include <optional>
 
+#include "cpu/gptq_args.h"
 #include "cpu/gptq_kernels.h"
 #include "cpu/isa.h"
-#include "cpu/tensor.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -33,50 +32,7 @@ GptqRowKernel row_kernel() {
   return gptq_row_generic;
 }
 
-// K, N, G and the bits of one projection.
-struct Shape {
-  int64_t rows;
-  int64_t columns;
-  int64_t groups;
-  int64_t bits;
-};
-
-Shape check(const Tensor& qweight, const Tensor& qzeros, const Tensor& scales, const std::optional<Tensor>& g_idx,
-            int64_t bits, int64_t zero_offset) {
-  FERRUM_CHECK(gptq::bits_supported(bits), kOp, "bits", "expected 2, 3, 4 or 8, got ", bits);
-  FERRUM_CHECK(zero_offset == 0 || zero_offset == 1, kOp, "zero_offset", "expected 0 or 1, got ", zero_offset);
-  const int64_t codes = gptq::period_codes(bits), words = gptq::period_words(bits);
-  check_dtype(kOp, "qweight", qweight, ScalarType::Int);
-  check_shape(kOp, "qweight", qweight, {-1, -1});
-  FERRUM_CHECK(qweight.size(0) % words == 0, kOp, "qweight", "expected rows in multiples of ", words, " for ", bits,
-               " bits, got ", qweight.size(0));
-  const int64_t rows = qweight.size(0) / words * codes, columns = qweight.size(1);
-  check_activation(kOp, "scales", scales);
-  check_shape(kOp, "scales", scales, {-1, columns});
-  const int64_t groups = scales.size(0);
-  FERRUM_CHECK(groups > 0 || rows == 0, kOp, "scales", "expected at least one group, got ", shape_string(scales));
-  check_dtype(kOp, "qzeros", qzeros, ScalarType::Int);
-  check_shape(kOp, "qzeros", qzeros, {groups, (columns + codes - 1) / codes * words});
-  if (g_idx.has_value()) {
-    check_dtype(kOp, "g_idx", *g_idx, ScalarType::Int);
-    check_shape(kOp, "g_idx", *g_idx, {rows});
-    check_contiguous(kOp, "g_idx", *g_idx);
-    const int32_t* values = data<int32_t>(*g_idx);
-    for (int64_t k = 0; k < rows; ++k) {
-      FERRUM_CHECK(values[k] >= 0 && values[k] < groups, kOp, "g_idx", "expected values in [0, ", groups, "), got ",
-                   values[k], " for row ", k);
-    }
-  } else {
-    FERRUM_CHECK(groups == 0 || rows % groups == 0, kOp, "g_idx", "expected int32 (", rows, ",), as ", groups,
-                 " groups do not divide that, got None");
-  }
-  check_contiguous(kOp, "qweight", qweight);
-  check_contiguous(kOp, "qzeros", qzeros);
-  check_contiguous(kOp, "scales", scales);
-  return {rows, columns, groups, bits};
-}
-
-void decode_zeros(const int32_t* qzeros, const Shape& shape, int64_t zero_offset, int32_t* zeros) {
+void decode_zeros(const int32_t* qzeros, const GptqShape& shape, int64_t zero_offset, int32_t* zeros) {
   const int64_t codes = gptq::period_codes(shape.bits), words = gptq::period_words(shape.bits);
   const uint32_t word_offset = zero_offset ? gptq::v1_word_offset(shape.bits) : 0;
   const uint32_t field_offset = zero_offset && word_offset == 0 ? 1 : 0;
@@ -109,7 +65,7 @@ Tensor gptq_dequantize(const Tensor& qweight, const Tensor& qzeros, const Tensor
                        const std::optional<Tensor>& g_idx, int64_t bits, int64_t zero_offset, ScalarType dtype) {
   FERRUM_CHECK(is_activation_dtype(dtype), kOp, "dtype", "expected float32, float16 or bfloat16, got ",
                torch::headeronly::toString(dtype));
-  const Shape shape = check(qweight, qzeros, scales, g_idx, bits, zero_offset);
+  const GptqShape shape = check_gptq(kOp, qweight, qzeros, scales, g_idx, bits, zero_offset);
   const int64_t columns = shape.columns;
   Tensor out = torch::stable::new_empty(scales, {shape.rows, columns}, dtype);
   if (shape.rows == 0 || columns == 0) {

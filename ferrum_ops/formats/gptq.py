@@ -219,17 +219,18 @@ def dequantize(
     g_idx: torch.Tensor | None,
     bits: int,
     zero_offset: int,
+    op: str = "gptq_dequantize",
 ) -> torch.Tensor:
     """Weights `[K, N]` of one projection, float32 (float64 where the scales are).
 
     Args:
         zero_offset: 1 when qzeros hold `zero - 1` ("gptq"), 0 when they hold the zero point ("gptq_v2").
         g_idx: None means `k // (K / G)`.
+        op: named in messages.
 
     Raises ValueError for shapes, dtypes or bits that do not fit, and on CPU for a g_idx outside `[0, G)`. On
     another device such rows are NaN: looking would make the host wait.
     """
-    op = "gptq_dequantize"
     in_features, out_features, groups = check_tensors(op, qweight, qzeros, scales, g_idx, bits)
     if zero_offset not in (0, 1):
         raise ValueError(f"[{op}] zero_offset: expected 0 or 1, got {zero_offset}")

@@ -1,7 +1,8 @@
-"""GPTQ weights on their checkpoint layout: dequantise."""
+"""GPTQ weights on their checkpoint layout: dequantise, multiply."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,44 @@ def gptq_dequantize(
     return torch.ops.ferrum.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype)
 
 
+def gptq_gemm(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bits: int = 4,
+    zero_offset: int = 1,
+) -> torch.Tensor:
+    """`x @ w + bias`, w being what `gptq_dequantize` gives in fp32 for the same tensors, without a copy of w.
+
+    Sums are fp32 and rounded once, to x's dtype. On the CPU a row of the result has the same bits for any number of
+    threads and whatever other rows are in x. NaN and infinity in x spread as in a dense product.
+
+    Args:
+        x: `[..., K]`, float32, float16 or bfloat16; on the CPU rows must be contiguous with one stride between them.
+        qweight: int32 `[K*bits/32, N]`, codes packed along K.
+        qzeros: int32 `[G, N*bits/32]`, zero points packed along N.
+        scales: `[G, N]`, float32, float16 or bfloat16.
+        g_idx: int32 `[K]`, group of each in-feature, in any order; None means `k // (K / G)`.
+        bias: `[N]`, float32, float16 or bfloat16, added before the rounding.
+        bits: 2, 3, 4 or 8.
+        zero_offset: 1 when qzeros hold `zero - 1` (checkpoint_format "gptq"), 0 when they hold the zero point
+            ("gptq_v2").
+
+    Returns:
+        `[..., N]`, contiguous, of x's dtype.
+
+    Raises:
+        RuntimeError: from the CPU kernel, or ValueError from the reference, for bits, dtypes or shapes that do not
+            fit, tensors that are not contiguous (CPU), and on the CPU a g_idx outside `[0, G)`. On another device such
+            in-features make the result NaN. RuntimeError when x, scales or bias require grad.
+    """
+    refuse_grad("gptq_gemm", x, scales, bias)
+    return torch.ops.ferrum.gptq_gemm(x, qweight, qzeros, scales, g_idx, bias, bits, zero_offset)
+
+
 def gptq_dequantize_ref(
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -71,6 +110,56 @@ def gptq_dequantize_fake(
 ) -> torch.Tensor:
     in_features, out_features, _ = gptq.check_tensors("gptq_dequantize", qweight, qzeros, scales, g_idx, bits)
     return scales.new_empty((in_features, out_features), dtype=dtype)
+
+
+def _check_gemm(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> None:
+    in_features, out_features, _ = gptq.check_tensors("gptq_gemm", qweight, qzeros, scales, g_idx, bits)
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"[gptq_gemm] x: expected floating (..., {in_features}), got {x.dtype} {tuple(x.shape)}")
+    if bias is not None and (not bias.is_floating_point() or bias.shape != (out_features,)):
+        raise ValueError(f"[gptq_gemm] bias: expected floating ({out_features},), got {bias.dtype} {tuple(bias.shape)}")
+
+
+def gptq_gemm_ref(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    zero_offset: int,
+) -> torch.Tensor:
+    """Computes in float64 when x is."""
+    _check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    weight = gptq.dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, op="gptq_gemm").to(compute)
+    out = x.to(compute) @ weight
+    if bias is not None:
+        out = out + bias.to(compute)
+    return out.to(x.dtype)
+
+
+def gptq_gemm_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    zero_offset: int,
+) -> torch.Tensor:
+    _check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
 def random_projection(
@@ -112,4 +201,25 @@ register(
     ref=gptq_dequantize_ref,
     fake=gptq_dequantize_fake,
     inputs=gptq_dequantize_inputs,
+)
+
+
+def gptq_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for rows, (*tensors, g_idx, bits, zero_offset, _) in zip(
+        itertools.cycle(((1,), (3, 5), (7,), (2,))), gptq_dequantize_inputs(device, dtype)
+    ):
+        in_features, out_features = tensors[0].shape[0] * 32 // bits, tensors[0].shape[1]
+        x = torch.randn(*rows, in_features, device=device, dtype=dtype)
+        bias = torch.randn(out_features, device=device, dtype=dtype) if zero_offset else None
+        yield x, *tensors, g_idx, bias, bits, zero_offset
+    grouped = random_projection(160, 80, 5, 4, device, torch.bfloat16)
+    yield torch.randn(0, 160, device=device, dtype=dtype), *grouped, None, None, 4, 1
+    yield torch.randn(9, 200, device=device, dtype=dtype)[:, 13:173], *grouped, None, None, 4, 1
+
+
+register(
+    "gptq_gemm",
+    ref=gptq_gemm_ref,
+    fake=gptq_gemm_fake,
+    inputs=gptq_gemm_inputs,
 )

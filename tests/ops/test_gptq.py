@@ -1,5 +1,5 @@
-"""What the registry's own tests do not say of `gptq_dequantize`: the formula, its rounding, and what it
-refuses."""
+"""What the registry's own tests do not say of `gptq_dequantize` and `gptq_gemm`: the formula, its rounding, and what
+they refuse."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 import ferrum_ops
 from ferrum_ops.formats import gptq
 from ferrum_ops.ops.gptq import random_projection
+from ferrum_ops.testing.compare import assert_close, tolerance
 
 
 def dequantize_with_numpy(qweight, qzeros, scales, g_idx, bits, zero_offset):
@@ -144,3 +145,117 @@ def test_independent_of_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, ferrum_ops.OPS["gptq_dequantize"].ref(**arguments))
+
+
+def gemm_case(bits, zero_offset, groups, in_features=192, out_features=70):
+    """Tensors, g_idx and the float64 weights by the numpy decoder. groups "shuffled": act-order, 5 uneven groups."""
+    count = {"one": 1, "regular": 6, "shuffled": 5}[groups]
+    tensors = random_projection(in_features, out_features, count, bits, "cpu")
+    regular = torch.arange(in_features, dtype=torch.int32) // -(-in_features // count)
+    g_idx = regular[torch.randperm(in_features)] if groups == "shuffled" else regular
+    weight = dequantize_with_numpy(*tensors, g_idx.numpy(), bits, zero_offset)
+    return tensors, (g_idx if groups == "shuffled" else None), weight
+
+
+@pytest.mark.parametrize("bits", gptq.SUPPORTED_BITS)
+@pytest.mark.parametrize("zero_offset", [0, 1])
+@pytest.mark.parametrize("groups", ["one", "regular", "shuffled"])
+def test_gemm_against_the_dequantised_weights(bits, zero_offset, groups, isa):
+    tensors, g_idx, weight = gemm_case(bits, zero_offset, groups)
+    for rows, dtype in ((0, torch.float32), (1, torch.float32), (2, torch.bfloat16), (63, torch.float32)):
+        x, bias = torch.randn(rows, len(weight)).to(dtype), torch.randn(weight.shape[1])
+        out = ferrum_ops.gptq_gemm(x, *tensors, g_idx, bias, bits, zero_offset)
+        assert out.dtype == dtype and out.is_contiguous()
+        assert_close("gptq_gemm", out, x.double() @ weight + bias.double(), tolerance("gptq_gemm", dtype))
+
+
+@pytest.mark.parametrize("out_features", [1, 15, 64, 129])
+@pytest.mark.parametrize("in_features", [8, 72, 512])
+def test_gemm_of_odd_sizes(in_features, out_features, isa):
+    tensors = random_projection(in_features, out_features, in_features // 8, 4, "cpu")
+    weight = ferrum_ops.gptq_dequantize(*tensors, None, 4, 1, torch.float32).double()
+    for rows in (1, 7, 13):
+        x = torch.randn(rows, in_features)
+        assert_close("gptq_gemm", ferrum_ops.gptq_gemm(x, *tensors), x.double() @ weight)
+
+
+def test_gemm_rounds_once(isa):
+    """The activations are exact in fp32, so one dtype's result is another's, rounded."""
+    tensors, g_idx, _ = gemm_case(4, 1, "shuffled")
+    for dtype in (torch.float16, torch.bfloat16):
+        x, bias = torch.randn(9, 192).to(dtype), torch.randn(70).to(dtype)
+        out = ferrum_ops.gptq_gemm(x, *tensors, g_idx, bias)
+        assert torch.equal(out, ferrum_ops.gptq_gemm(x.float(), *tensors, g_idx, bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize("groups", ["regular", "shuffled"])
+def test_gemm_of_a_row_does_not_depend_on_the_batch_or_the_threads(groups, isa):
+    tensors, g_idx, _ = gemm_case(4, 1, groups, in_features=384, out_features=200)
+    x = torch.randn(200, 384)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = ferrum_ops.gptq_gemm(x, *tensors, g_idx)
+        torch.set_num_threads(2)
+        assert torch.equal(whole, ferrum_ops.gptq_gemm(x, *tensors, g_idx))
+    finally:
+        torch.set_num_threads(before)
+    for rows in (1, 2, 3, 5, 6, 11, 193):
+        part = ferrum_ops.gptq_gemm(x[-rows:], *tensors, g_idx)
+        assert torch.equal(part, whole[-rows:]), f"{rows} rows"
+
+
+def test_gemm_spreads_nan_and_keeps_it_in_its_row(isa):
+    tensors, g_idx, _ = gemm_case(4, 1, "regular")
+    x = torch.randn(8, 192)
+    x[3, 100], x[5, 0] = float("nan"), float("inf")
+    out = ferrum_ops.gptq_gemm(x, *tensors, g_idx)
+    assert out[3].isnan().all() and not out[5].isfinite().any()
+    assert out[[0, 1, 2, 4, 6, 7]].isfinite().all()
+
+
+def test_gemm_without_in_features_is_the_bias(isa):
+    tensors, bias = random_projection(0, 33, 0, 4, "cpu"), torch.randn(33)
+    assert torch.equal(ferrum_ops.gptq_gemm(torch.randn(2, 0), *tensors, None, bias), bias.expand(2, 33))
+    assert torch.equal(ferrum_ops.gptq_gemm(torch.randn(2, 0), *tensors), torch.zeros(2, 33))
+
+
+def good_gemm():
+    arguments = good()
+    del arguments["dtype"]
+    return {"x": torch.randn(3, 64), **arguments, "bias": torch.randn(32)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        *(r for r in REFUSED if "dtype" not in r[0]),
+        ({"x": torch.zeros(3, 63)}, "x: expected"),
+        ({"x": torch.zeros(3, 64, dtype=torch.int32)}, "x: expected"),
+        ({"x": torch.tensor(1.0)}, "x: expected"),
+        ({"bias": torch.zeros(33)}, "bias: expected"),
+        ({"bias": torch.zeros(32, dtype=torch.int32)}, "bias: expected"),
+    ],
+)
+def test_gemm_kernel_and_reference_refuse_by_name(change, message):
+    arguments = {**good_gemm(), **change}
+    with pytest.raises(RuntimeError, match=r"\[gptq_gemm\] " + message):
+        ferrum_ops.gptq_gemm(**arguments)
+    with pytest.raises(ValueError, match=r"\[gptq_gemm\] " + message):
+        ferrum_ops.OPS["gptq_gemm"].ref(**arguments)
+
+
+@pytest.mark.parametrize("name", ["x", "qweight", "qzeros", "scales"])
+def test_gemm_kernel_refuses_strided_tensors(name):
+    arguments = good_gemm()
+    arguments[name] = arguments[name].T.contiguous().T
+    with pytest.raises(RuntimeError, match=rf"\[gptq_gemm\] {name}: expected .*contiguous"):
+        ferrum_ops.gptq_gemm(**arguments)
+
+
+@pytest.mark.parametrize("name", ["x", "scales", "bias"])
+def test_gemm_refuses_to_be_differentiated(name):
+    arguments = good_gemm()
+    arguments[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"\[gptq_gemm\] has no backward"):
+        ferrum_ops.gptq_gemm(**arguments)

@@ -1,0 +1,2 @@
+#define FERRUM_LEVEL_GENERIC
+#include "cpu/gptq_gemm_kernels.h"
