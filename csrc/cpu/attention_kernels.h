@@ -152,11 +152,12 @@ void start_rows(const Attention& a, const AttentionItem& item, State& s) {
   }
 }
 
-// The rows of the caches that hold the keys [begin, end), one after the other.
-inline void find_rows(const Attention& a, const AttentionItem& item, Keys keys, int64_t* rows) {
+// The rows of the caches that hold the keys [begin, end), one after the other, times `size`.
+inline void find_rows(const Attention& a, const AttentionItem& item, Keys keys, int64_t size, int64_t* rows) {
   int64_t block = keys.begin / a.block_size, position = keys.begin % a.block_size;
   for (int64_t key = keys.begin; key < keys.end; ++key) {
-    *rows++ = item.sequence->table[block] * a.block_rows + position * a.key_rows + item.kv_head * a.head_rows;
+    const int64_t row = item.sequence->table[block] * a.block_rows + position * a.key_rows;
+    *rows++ = (row + item.kv_head * a.head_rows) * size;
     if (++position == a.block_size) {
       position = 0;
       ++block;
@@ -284,14 +285,19 @@ void add_values_exactly(State& s, int64_t row, const CacheRows<T>& v) {
 // One tile of keys, of which any row sees [first + seen.begin, first + seen.end).
 template <typename Product, typename T>
 void attend_tile(const Attention& a, const AttentionItem& item, State& s, int64_t first, Keys seen) {
-  int64_t rows[kKeyTile];
-  find_rows(a, item, {first + seen.begin, first + seen.end}, rows + seen.begin);
+  int64_t offsets[kKeyTile];
+  find_rows(a, item, {first + seen.begin, first + seen.end}, a.head_dim, offsets + seen.begin);
   for (int64_t i = 0; i < seen.begin; ++i) {
-    rows[i] = rows[seen.begin];  // nobody sees them, and they may have no block
+    offsets[i] = offsets[seen.begin];  // nobody sees them, and they may have no block
   }
-  const int64_t count = seen.end;
-  const CacheRows<T> k{static_cast<const T*>(a.k), a.k_scale, rows, count, a.head_dim};
-  const CacheRows<T> v{static_cast<const T*>(a.v), a.v_scale, rows, count, a.head_dim};
+  float k_scale[kKeyTile], v_scale[kKeyTile];
+  for (int64_t i = 0; a.k_scale != nullptr && i < seen.end; ++i) {
+    const int64_t row = offsets[i] / a.head_dim;
+    k_scale[i] = a.k_scale[row];
+    v_scale[i] = a.v_scale[row];
+  }
+  const CacheRows<T> k{static_cast<const T*>(a.k), offsets, k_scale, seen.end, a.head_dim};
+  const CacheRows<T> v{static_cast<const T*>(a.v), offsets, v_scale, seen.end, a.head_dim};
   const int64_t depth = (a.head_dim + Product::kPerElement - 1) / Product::kPerElement;
   Product::pack_keys(k, depth, s.keys);
   const bool finite = Product::pack_values(v, s.padded, !all_see(s, seen), s.values);
@@ -335,12 +341,13 @@ void fetch_ahead(const Attention& a, const AttentionItem& item, int64_t begin, S
   const Keys keys{begin, smaller(begin + kKeyTile, item.keys.end)};
   s.ahead = Ahead{};
   if (keys.begin < keys.end) {
-    find_rows(a, item, keys, s.next_rows);
+    const int64_t row_bytes = a.head_dim * static_cast<int64_t>(sizeof(T));
+    find_rows(a, item, keys, row_bytes, s.next_rows);
     s.ahead = {static_cast<const char*>(a.k),
                static_cast<const char*>(a.v),
                s.next_rows,
                s.next_rows + (keys.end - keys.begin),
-               a.head_dim * static_cast<int64_t>(sizeof(T)),
+               row_bytes,
                0};
   }
 }

@@ -116,25 +116,36 @@ inline void transpose(Vec* rows) {
 }
 #endif
 
-// The rows of one cache that hold the keys of a tile.
+// The keys of a tile in one cache.
 template <typename T>
 struct CacheRows {
   const T* data;
-  const float* scale;  // per row, int8 only
-  const int64_t* rows;
+  const int64_t* offsets;  // of each key's row, in elements
+  const float* scale;      // of each key, int8 only
   int64_t count, head_dim;
 
-  const T* at(int64_t key) const { return data + rows[key] * head_dim; }
-  // Elements [d, d + 16) of a key, zeros behind the end of the head and behind the last key.
+  // Whether the keys [key, key + keys) and their elements [d, d + elements) are all there.
+  bool whole(int64_t key, int64_t keys, int64_t d, int64_t elements) const {
+    return key + keys <= count && d + elements <= head_dim;
+  }
+  // Elements [d, d + 16) of a key of which all are there.
+  Vec load_whole(int64_t key, int64_t d) const {
+    if constexpr (sizeof(T) == 1) {
+      return load_codes(data + offsets[key] + d, kLanes) * broadcast(scale[key]);
+    } else {
+      return cpu::FERRUM_LEVEL::load(data + offsets[key] + d);
+    }
+  }
+  // Zeros behind the end of the head and behind the last key.
   Vec load(int64_t key, int64_t d) const {
     if (key >= count || d >= head_dim) {
       return broadcast(0.0f);
     }
     const int64_t some = smaller(head_dim - d, kLanes);
     if constexpr (sizeof(T) == 1) {
-      return load_codes(at(key) + d, some) * broadcast(scale[rows[key]]);
+      return load_codes(data + offsets[key] + d, some) * broadcast(scale[key]);
     } else {
-      return load_some(at(key) + d, some);
+      return load_some(data + offsets[key] + d, some);
     }
   }
 };
@@ -144,7 +155,7 @@ struct CacheRows {
 struct Ahead {
   const char* k = nullptr;
   const char* v = nullptr;
-  const int64_t* row = nullptr;
+  const int64_t* row = nullptr;  // in bytes from k and v
   const int64_t* end = nullptr;
   int64_t row_bytes = 0, byte = 0;
 
@@ -152,9 +163,9 @@ struct Ahead {
     if (row == end) {
       return;
     }
-    const int64_t at = *row * row_bytes + byte;
-    __builtin_prefetch(k + at);
-    __builtin_prefetch(v + at);
+    const int64_t at = *row + byte;
+    __builtin_prefetch(k + at, 0, 2);
+    __builtin_prefetch(v + at, 0, 2);
     byte += 64;
     if (byte >= row_bytes) {
       byte = 0;
@@ -177,8 +188,14 @@ inline void pack_keys_float32(const CacheRows<T>& k, int64_t depth, float* to) {
     for (int64_t block = 0; block < kPanel; block += kLanes) {
       for (int64_t d = 0; d < k.head_dim; d += kLanes) {
         Vec rows[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          rows[i] = k.load(key + block + i, d);
+        if (k.whole(key + block, kLanes, d, kLanes)) {
+          for (int64_t i = 0; i < kLanes; ++i) {
+            rows[i] = k.load_whole(key + block + i, d);
+          }
+        } else {
+          for (int64_t i = 0; i < kLanes; ++i) {
+            rows[i] = k.load(key + block + i, d);
+          }
         }
         transpose(rows);
         for (int64_t i = 0; i < smaller(k.head_dim - d, kLanes); ++i) {
@@ -196,7 +213,7 @@ inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, bool look
   FiniteProbe probe;
   for (int64_t key = 0; key < v.count; ++key) {
     for (int64_t d = 0; d < padded; d += kLanes) {
-      const Vec value = v.load(key, d);
+      const Vec value = v.whole(key, 1, d, kLanes) ? v.load_whole(key, d) : v.load(key, d);
       if (look) {
         probe.see(value);
       }
@@ -209,12 +226,15 @@ inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, bool look
 #if defined(FERRUM_ATTENTION_PAIRS)
 // 32 elements [d, d + 32) of a key as they lie in memory, zeros behind the end of the head and behind the last key.
 inline Vec load_pairs(const CacheRows<BFloat16>& rows, int64_t key, int64_t d) {
+  if (rows.whole(key, 1, d, 2 * kLanes)) {
+    return {_mm512_loadu_ps(rows.data + rows.offsets[key] + d)};
+  }
   if (key >= rows.count) {
     return broadcast(0.0f);
   }
   const int64_t some = smaller(rows.head_dim - d, 2 * kLanes);
   const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << some) - 1);
-  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows.at(key) + d))};
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows.data + rows.offsets[key] + d))};
 }
 
 inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* to) {
@@ -223,8 +243,14 @@ inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* 
     for (int64_t block = 0; block < kPanel; block += kLanes) {
       for (int64_t i = 0; i < depth; i += kLanes) {
         Vec rows[kLanes];
-        for (int64_t j = 0; j < kLanes; ++j) {
-          rows[j] = load_pairs(k, key + block + j, 2 * i);
+        if (k.whole(key + block, kLanes, 2 * i, 2 * kLanes)) {
+          for (int64_t j = 0; j < kLanes; ++j) {
+            rows[j] = {_mm512_loadu_ps(k.data + k.offsets[key + block + j] + 2 * i)};
+          }
+        } else {
+          for (int64_t j = 0; j < kLanes; ++j) {
+            rows[j] = load_pairs(k, key + block + j, 2 * i);
+          }
         }
         transpose(rows);
         for (int64_t j = 0; j < smaller(depth - i, kLanes); ++j) {
