@@ -66,6 +66,10 @@ STABLE_TORCH_LIBRARY(ferrum, m) {
   m.def(
       "split_qkv_norm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
       "Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "split_qkv_norm_rope_paged_(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
+      "Tensor? positions, int num_heads, int num_kv_heads, int head_dim, float eps, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor");
   m.def("transpose_head_to_token(Tensor(a) x) -> Tensor(a)");
   m.def("transpose_token_to_head(Tensor(a) x) -> Tensor(a)");
   m.def("weighted_sum(Tensor slots, Tensor weights) -> Tensor");

@@ -28,7 +28,7 @@ from ferrum_ops.ops.moe_routing import (
     route_topk_softmax,
 )
 from ferrum_ops.ops.norm import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
-from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope
+from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope, split_qkv_norm_rope_paged_
 from ferrum_ops.ops.sampling import argmax_rows, repetition_penalty_
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "silu_mul_out",
     "split_qkv",
     "split_qkv_norm_rope",
+    "split_qkv_norm_rope_paged_",
     "transpose_head_to_token",
     "transpose_token_to_head",
     "use_cpu_isa",

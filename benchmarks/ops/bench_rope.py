@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ferrum_ops.ops.rope import rotary_tables
 from ferrum_ops.testing.timing import Case, bytes_of, run_cases
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
 MAX_POSITIONS = 4096
 TOKENS = (1, 8, 128, 512)
 EPS = 1e-6
@@ -52,6 +52,22 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
             (qkv, weight, weight, cos, sin, positions, HEADS, KV_HEADS, HEAD_DIM, EPS),
             2 * bytes_of(qkv) + tables,
             split,
+        )
+        pools = torch.zeros(2, tokens // BLOCK_SIZE + 1, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype).unbind()
+        slots = torch.randperm(pools[0].shape[0] * BLOCK_SIZE)[:tokens]
+
+        def split_write(split=split, pools=pools, slots=slots):
+            q, *rows = split()
+            for pool, new in zip(pools, rows):
+                pool.flatten(0, 1)[slots] = new
+            return q
+
+        yield Case(
+            "split_qkv_norm_rope_paged_",
+            f"T={tokens} heads={HEADS}/{KV_HEADS} D={HEAD_DIM}",
+            (qkv, weight, weight, cos, sin, positions, HEADS, KV_HEADS, HEAD_DIM, EPS, *pools, slots),
+            2 * bytes_of(qkv) + tables,
+            split_write,
         )
 
 

@@ -69,7 +69,7 @@ def _check_tokens(op: str, k: torch.Tensor, v: torch.Tensor) -> None:
     check_last_contiguous(op, "v", v)
 
 
-def _write_rows(pool: torch.Tensor, rows: torch.Tensor, inside: torch.Tensor, values: torch.Tensor) -> None:
+def write_rows(pool: torch.Tensor, rows: torch.Tensor, inside: torch.Tensor, values: torch.Tensor) -> None:
     """`pool[rows[i]] = values[i]` where `inside[i]`, with no host read and no row touched twice with two values."""
     if len(pool) == 0 or len(rows) == 0:
         return
@@ -117,7 +117,7 @@ def kv_append__ref(
     rows = (sequence * heads + head) * capacity + at
     inside = ((at >= 0) & (at < capacity)).expand_as(rows)
     for cache, new in ((k_cache, k), (v_cache, v)):
-        _write_rows(cache.view(-1, head_dim), rows.flatten(), inside.flatten(), new.reshape(-1, head_dim))
+        write_rows(cache.view(-1, head_dim), rows.flatten(), inside.flatten(), new.reshape(-1, head_dim))
 
 
 def kv_append__fake(
@@ -213,7 +213,7 @@ def paged_kv_write__ref(
     _check_paged_kv_write_(k_cache, v_cache, k, v, slot_mapping)
     inside = inside_pool("paged_kv_write_", slot_mapping, k_cache.shape[0] * k_cache.shape[1])
     for cache, new in ((k_cache, k), (v_cache, v)):
-        _write_rows(cache.flatten(0, 1), slot_mapping, inside, new)
+        write_rows(cache.flatten(0, 1), slot_mapping, inside, new)
 
 
 def paged_kv_write__fake(
@@ -314,8 +314,8 @@ def paged_kv_write_int8__ref(
     inside = inside_pool("paged_kv_write_int8_", slot_mapping, k_cache.shape[0] * k_cache.shape[1])
     for cache, scale, new in ((k_cache, k_scale, k), (v_cache, v_scale, v)):
         codes, scales = quantize_heads(new)
-        _write_rows(cache.flatten(0, 1), slot_mapping, inside, codes)
-        _write_rows(scale.flatten(0, 1), slot_mapping, inside, scales.to(scale.dtype))
+        write_rows(cache.flatten(0, 1), slot_mapping, inside, codes)
+        write_rows(scale.flatten(0, 1), slot_mapping, inside, scales.to(scale.dtype))
 
 
 def paged_kv_write_int8__fake(

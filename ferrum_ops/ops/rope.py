@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
+from ferrum_ops.ops.kv_cache import POOL_SHAPE, check_caches, check_slot_mapping, inside_pool, write_rows
 from ferrum_ops.ops.norm import (
     check_activation,
     check_float32,
@@ -250,6 +251,7 @@ def split_qkv_norm_rope(
 
 
 def _check_split_qkv(
+    op: str,
     qkv: torch.Tensor,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
@@ -260,7 +262,6 @@ def _check_split_qkv(
     num_kv_heads: int,
     head_dim: int,
 ) -> None:
-    op = "split_qkv_norm_rope"
     check_activation(op, "qkv", qkv)
     for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
         expect(count >= 1, op, name, "at least 1", count)
@@ -272,6 +273,27 @@ def _check_split_qkv(
         if weight is not None:
             check_weight(op, name, weight, qkv, head_dim)
     _check_tables(op, qkv, head_dim, cos, sin, positions)
+
+
+def _split_norm_rotate(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v from rows of the tables `[T, 1, R/2]`."""
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
+    return (
+        _norm_rotate(q, q_weight, cos, sin, eps, False),
+        _norm_rotate(k, k_weight, cos, sin, eps, False),
+        v.clone(memory_format=torch.contiguous_format),
+    )
 
 
 def split_qkv_norm_rope_ref(
@@ -286,15 +308,10 @@ def split_qkv_norm_rope_ref(
     head_dim: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check_split_qkv(qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim)
-    cos, sin = _table_rows("split_qkv_norm_rope", qkv.shape[0], cos, sin, positions)
-    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
-    return (
-        _norm_rotate(q, q_weight, cos, sin, eps, False),
-        _norm_rotate(k, k_weight, cos, sin, eps, False),
-        v.clone(memory_format=torch.contiguous_format),
-    )
+    op = "split_qkv_norm_rope"
+    _check_split_qkv(op, qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim)
+    cos, sin = _table_rows(op, qkv.shape[0], cos, sin, positions)
+    return _split_norm_rotate(qkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads, head_dim, eps)
 
 
 def split_qkv_norm_rope_fake(
@@ -309,7 +326,8 @@ def split_qkv_norm_rope_fake(
     head_dim: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check_split_qkv(qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim)
+    op = "split_qkv_norm_rope"
+    _check_split_qkv(op, qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim)
     tokens = qkv.shape[0]
     return (
         qkv.new_empty((tokens, num_heads, head_dim)),
@@ -333,10 +351,141 @@ def split_qkv_norm_rope_inputs(device: str, dtype: torch.dtype) -> Iterator[tupl
     yield randn(7, 900)[:, 37:677], randn(64), randn(64), *tables[64], positions(7), 6, 2, 64, 1e-6
 
 
+def split_qkv_norm_rope_paged_(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """`split_qkv_norm_rope` with K and V written straight to their slots of a paged pool.
+
+    Args:
+        qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim, eps: as there.
+        k_cache, v_cache: contiguous `[num_blocks, block_size, num_kv_heads, head_dim]` of qkv's dtype; written.
+        slot_mapping: int32 or int64 `[T]` as in `paged_kv_write_`; K and V of a token with slot -1 go nowhere.
+
+    Returns:
+        q, contiguous `[T, num_heads, head_dim]` of qkv's dtype.
+
+    Raises:
+        RuntimeError: as `split_qkv_norm_rope` and `paged_kv_write_`, before anything is written.
+    """
+    refuse_grad("split_qkv_norm_rope_paged_", qkv, q_weight, k_weight, cos, sin, k_cache, v_cache)
+    return torch.ops.ferrum.split_qkv_norm_rope_paged_(
+        qkv,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        positions,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        eps,
+        k_cache,
+        v_cache,
+        slot_mapping,
+    )
+
+
+def _check_split_qkv_paged(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    op = "split_qkv_norm_rope_paged_"
+    _check_split_qkv(op, qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim)
+    check_caches(op, k_cache, v_cache, POOL_SHAPE)
+    expect(k_cache.dtype == qkv.dtype, op, "k_cache", str(qkv.dtype), k_cache.dtype)
+    fits = tuple(k_cache.shape[2:]) == (num_kv_heads, head_dim)
+    expect(fits, op, "k_cache", f"shape (*, *, {num_kv_heads}, {head_dim})", tuple(k_cache.shape))
+    check_slot_mapping(op, slot_mapping, qkv.shape[0])
+
+
+def split_qkv_norm_rope_paged__ref(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    _check_split_qkv_paged(
+        qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim, k_cache, v_cache, slot_mapping
+    )
+    op = "split_qkv_norm_rope_paged_"
+    inside = inside_pool(op, slot_mapping, k_cache.shape[0] * k_cache.shape[1])
+    table_rows = _table_rows(op, qkv.shape[0], cos, sin, positions)
+    q, k, v = _split_norm_rotate(qkv, q_weight, k_weight, *table_rows, num_heads, num_kv_heads, head_dim, eps)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        write_rows(cache.flatten(0, 1), slot_mapping, inside, new)
+    return q
+
+
+def split_qkv_norm_rope_paged__fake(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    _check_split_qkv_paged(
+        qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim, k_cache, v_cache, slot_mapping
+    )
+    return qkv.new_empty((qkv.shape[0], num_heads, head_dim))
+
+
+def split_qkv_norm_rope_paged__inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for case in split_qkv_norm_rope_inputs(device, dtype):
+        tokens, (num_kv_heads, head_dim) = case[0].shape[0], case[7:9]
+        caches = torch.randn(2, 3, 4, num_kv_heads, head_dim, device=device).to(dtype)
+        slots = torch.randperm(12, device=device)[:tokens].int()
+        yield *case, *caches.unbind(), slots.masked_fill(slots == 11, -1)
+
+
 register("qk_norm_rope", ref=qk_norm_rope_ref, fake=qk_norm_rope_fake, inputs=qk_norm_rope_inputs)
 register(
     "split_qkv_norm_rope",
     ref=split_qkv_norm_rope_ref,
     fake=split_qkv_norm_rope_fake,
     inputs=split_qkv_norm_rope_inputs,
+)
+register(
+    "split_qkv_norm_rope_paged_",
+    ref=split_qkv_norm_rope_paged__ref,
+    fake=split_qkv_norm_rope_paged__fake,
+    inputs=split_qkv_norm_rope_paged__inputs,
 )

@@ -116,6 +116,38 @@ def test_v_is_moved_bit_for_bit(isa):
     assert torch.equal(v.view(torch.int32).flatten(1), bits[:, 3 * 64 :])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_paged_is_split_and_write(with_positions, form, dtype, isa):
+    qkv, weights = torch.randn(5, 700).to(dtype)[:, 30:606], torch.randn(2, 64).to(dtype).unbind()
+    at, slots = positions(5) if with_positions else None, torch.tensor([7, -1, 0, 11, 3])
+    function = OPS.split_qkv_norm_rope_paged_ if form == "kernel" else rope.split_qkv_norm_rope_paged__ref
+    split = OPS.split_qkv_norm_rope if form == "kernel" else rope.split_qkv_norm_rope_ref
+    caches = torch.randn(2, 3, 4, 2, 64).to(dtype)
+    expected = caches.clone()
+    q, k, v = split(qkv, *weights, COS, SIN, at, 5, 2, 64, 1e-6)
+    OPS.paged_kv_write_(*expected.unbind(), k, v, slots)
+    got = function(qkv, *weights, COS, SIN, at, 5, 2, 64, 1e-6, *caches.unbind(), slots)
+    assert torch.equal(got, q) and torch.equal(caches, expected)
+
+
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+@pytest.mark.parametrize("bad", ["slot", "position"])
+def test_paged_raises_before_it_writes(bad, form):
+    function = OPS.split_qkv_norm_rope_paged_ if form == "kernel" else rope.split_qkv_norm_rope_paged__ref
+    at = torch.tensor([0, 50 if bad == "position" else 1], dtype=torch.int32)
+    slots = torch.tensor([0, 12 if bad == "slot" else 1])
+    caches = torch.zeros(2, 3, 4, 1, 64)
+    message = {
+        "slot": "slot_mapping: expected -1 <= slot < 12, got 12",
+        "position": "positions: expected 0 <= position < 50",
+    }
+    with pytest.raises(RuntimeError, match=rf"\[split_qkv_norm_rope_paged_\] {message[bad]}"):
+        function(torch.ones(2, 256), None, None, COS, SIN, at, 2, 1, 64, 1e-6, *caches.unbind(), slots)
+    assert not caches.any()
+
+
 def test_no_tokens(isa):
     none = torch.empty(0, dtype=torch.int32)
     assert OPS.qk_norm_rope(torch.empty(0, 3, 64), None, COS, SIN, none, 1e-6).shape == (0, 3, 64)
@@ -153,7 +185,7 @@ def test_result_depends_on_neither_threads_nor_neighbours(dtype, isa):
 
 
 X, W, QKV = torch.ones(4, 2, 64), torch.ones(64), torch.ones(4, 4 * 64)
-AT = torch.zeros(4, dtype=torch.int32)
+AT, POOL = torch.zeros(4, dtype=torch.int32), torch.zeros(3, 4, 1, 64)
 BAD = {
     "integers": ("qk_norm_rope", (X.int(), None, COS, SIN, AT, 1e-6), r"x: expected float32, float16 or bfloat16"),
     "2 dimensions": ("qk_norm_rope", (X[0], None, COS, SIN, AT, 1e-6), r"x: expected shape \(tokens, heads, head"),
@@ -198,6 +230,21 @@ BAD = {
         "split_qkv_norm_rope",
         (QKV, W, W[:32], COS, SIN, AT, 2, 1, 64, 1e-6),
         r"k_weight: expected shape \(64,?\), got \(32,?\)",
+    ),
+    "pool heads": (
+        "split_qkv_norm_rope_paged_",
+        (QKV, None, None, COS, SIN, AT, 2, 1, 64, 1e-6, torch.ones(3, 4, 2, 64), torch.ones(3, 4, 2, 64), AT),
+        r"k_cache: expected shape \(\*, \*, 1, 64\), got \(3, 4, 2, 64\)",
+    ),
+    "pool dtype": (
+        "split_qkv_norm_rope_paged_",
+        (QKV, None, None, COS, SIN, AT, 2, 1, 64, 1e-6, POOL.half(), POOL.half(), AT),
+        r"k_cache: expected (Float|torch.float32), got",
+    ),
+    "slots shape": (
+        "split_qkv_norm_rope_paged_",
+        (QKV, None, None, COS, SIN, AT, 2, 1, 64, 1e-6, POOL, POOL, AT[:3]),
+        r"slot_mapping: expected shape \(4,?\), got",
     ),
 }
 
