@@ -18,9 +18,17 @@ from ferrum_ops.ops.elementwise import (
 from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
-from ferrum_ops.ops.marlin import marlin_permute_scales, marlin_repack, marlin_unpack, marlin_unpermute_scales
+from ferrum_ops.ops.marlin import (
+    marlin_gemm,
+    marlin_permute_scales,
+    marlin_repack,
+    marlin_repack_zeros,
+    marlin_unpack,
+    marlin_unpermute_scales,
+    marlin_workspace,
+)
 from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum, weighted_sum_residual_, weighted_sum_residual_norm_
-from ferrum_ops.ops.moe_gemm import moe_experts_int4
+from ferrum_ops.ops.moe_gemm import marlin_moe_gemm, moe_experts_int4
 from ferrum_ops.ops.moe_routing import (
     moe_align_block_size,
     moe_build_pairs_by_token,
@@ -53,10 +61,14 @@ __all__ = [
     "int4_unpack",
     "kv_append_",
     "layer_norm",
+    "marlin_gemm",
+    "marlin_moe_gemm",
     "marlin_permute_scales",
     "marlin_repack",
+    "marlin_repack_zeros",
     "marlin_unpack",
     "marlin_unpermute_scales",
+    "marlin_workspace",
     "moe_align_block_size",
     "moe_build_pairs_by_token",
     "moe_combine",

@@ -5,7 +5,7 @@ import torch
 
 import ferrum_ops
 from ferrum_ops._library import differentiable
-from ferrum_ops.ops import activation, int4, norm, rope
+from ferrum_ops.ops import activation, gptq, int4, marlin, norm, rope
 from ferrum_ops.testing.compare import assert_close, tolerance
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,6 +25,13 @@ def int4_arguments(act_order, asymmetric, activation_name="full", in_features=72
 
 
 AT = torch.tensor([3, 19, 0, 7])
+
+
+def marlin_arguments(act_order, asymmetric):
+    tensors = marlin.random_marlin(16, 64, 8, 4, "cpu", act_order=act_order, asymmetric=asymmetric)
+    return *tensors, randn(9), marlin.marlin_workspace("cpu"), 9, 8, 4, "fp32", 0
+
+
 #: name -> (public function, reference, backward, arguments in float64, indices of those with a gradient)
 CASES = {
     "rms_norm": (
@@ -106,6 +113,26 @@ CASES = {
             ("act-order", True, True),
         )
     },
+    **{
+        f"marlin_gemm {label}": (
+            ferrum_ops.marlin_gemm,
+            marlin.marlin_gemm_ref,
+            marlin.marlin_gemm_backward,
+            (randn(1, in_features), *marlin_arguments(act_order, asymmetric)),
+            (0, 5),
+        )
+        for label, in_features, act_order, asymmetric in (
+            ("padded", 12, False, False),
+            ("act-order", 16, True, True),
+        )
+    },
+    "gptq_gemm": (
+        ferrum_ops.gptq_gemm,
+        gptq.gptq_gemm_ref,
+        gptq.gptq_gemm_backward,
+        (randn(2, 8), *gptq.random_projection(8, 9, 2, 4, "cpu"), torch.randperm(8).int() % 2, randn(9), 4, 1),
+        (0, 5),
+    ),
 }
 
 
@@ -160,7 +187,16 @@ def test_results_are_the_same_bits_with_and_without_gradients(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["rms_norm", "fused_add_rms_norm", "silu_mul", "qk_norm_rope with norm", "int4_linear act-order"]
+    "case",
+    [
+        "rms_norm",
+        "fused_add_rms_norm",
+        "silu_mul",
+        "qk_norm_rope with norm",
+        "int4_linear act-order",
+        "gptq_gemm",
+        "marlin_gemm act-order",
+    ],
 )
 def test_gradients_compile_whole(case):
     function, _, _, args, indices = CASES[case]

@@ -23,8 +23,11 @@ INFRASTRUCTURE = {
 }
 #: Ops without a kernel of their own on CPU, and why they need none.
 NO_CPU_KERNEL = {
+    "marlin_gemm": "a layout for tensor cores; the reference is its meaning",
+    "marlin_moe_gemm": "a layout for tensor cores; the reference is its meaning",
     "marlin_permute_scales": "data movement at load",
     "marlin_repack": "data movement at load",
+    "marlin_repack_zeros": "data movement at load",
     "marlin_unpack": "data movement at save",
     "marlin_unpermute_scales": "data movement at save",
 }
@@ -125,9 +128,12 @@ def test_every_op_has_a_public_function_with_a_docstring(name):
 
 
 def test_mutating_ops_return_nothing_and_say_so_in_their_name():
+    """A workspace is scratch, the same after a call as before it: an op that has one may return new tensors."""
     for name in NAMES:
         schema = torch_op(name)._schema
-        mutates = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        mutates = any(argument != "workspace" for argument in written)
+        assert all(r.alias_info is None for r in schema.returns) or not written, f"{name}: returns what it mutates"
         packet = name.partition(".")[0]
         assert mutates == packet.endswith(("_", "_out")), f"{name}: only a mutating op ends in _ or _out"
         returns = len(schema.returns) > 0 and name not in WRITES_AND_RETURNS
@@ -248,8 +254,11 @@ int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
 int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor
 kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()
 layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor
+marlin_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor(a!) workspace, int out_features, int group_size, int bits, str reduction, int max_sms) -> Tensor
+marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, Tensor(a!) workspace, int top_k, int block_size, int out_features, int group_size, int bits, str epilogue, str reduction, int max_sms) -> Tensor
 marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor
 marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
+marlin_repack_zeros(Tensor qzeros, int out_features, int bits, int zero_offset) -> Tensor
 marlin_unpack(Tensor packed, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
 marlin_unpermute_scales(Tensor scales, int in_features, int group_size) -> Tensor
 moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, bool pair_ids, Tensor? expert_map) -> (Tensor, Tensor, Tensor)

@@ -1,6 +1,8 @@
-"""Repacking to the Marlin layout and back at Qwen3-30B-A3B's sizes: once per projection, at load.
+"""Repacking to the Marlin layout and back at Qwen3-30B-A3B's sizes, once per projection, at load; and the product.
 
 `python benchmarks/ops/bench_marlin.py [--compile]`
+
+Where there is no kernel for the product, its reference unpacks the weights at every call.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import torch
 
 from ferrum_ops.formats import marlin
 from ferrum_ops.ops.gptq import random_projection
+from ferrum_ops.ops.marlin import marlin_workspace, random_marlin
 from ferrum_ops.testing.timing import Case, bytes_of, run_cases
 
 SIZES = ((2048, 768), (768, 2048), (4096, 2048))
@@ -18,7 +21,7 @@ GROUP_SIZE = 128
 
 def cases() -> Iterator[Case]:
     for in_features, out_features in SIZES:
-        qweight, _, scales = random_projection(in_features, out_features, in_features // GROUP_SIZE, 4, "cpu")
+        qweight, qzeros, scales = random_projection(in_features, out_features, in_features // GROUP_SIZE, 4, "cpu")
         perm = torch.randperm(in_features).int()
         packed = marlin.repack(qweight, None, in_features, out_features, 4)
         moved = 2 * bytes_of(qweight)
@@ -29,6 +32,18 @@ def cases() -> Iterator[Case]:
         label, arguments = f"{in_features}x{out_features}", (scales, in_features, GROUP_SIZE)
         yield Case("marlin_permute_scales", label, arguments, 2 * bytes_of(scales))
         yield Case("marlin_unpermute_scales", label, arguments, 2 * bytes_of(scales))
+        yield Case("marlin_repack_zeros", label, (qzeros, out_features, 4, 1), 2 * bytes_of(qzeros))
+    yield from product_cases()
+
+
+def product_cases() -> Iterator[Case]:
+    in_features, out_features = SIZES[0]
+    packed, scales, _, perm = random_marlin(in_features, out_features, GROUP_SIZE, 4, "cpu", act_order=True)
+    for rows in (1, 128):
+        x = torch.randn(rows, in_features)
+        arguments = (x, packed, scales, None, perm, None, marlin_workspace("cpu"), out_features, GROUP_SIZE, 4)
+        moved = bytes_of(x, packed, scales) + rows * out_features * 4
+        yield Case("marlin_gemm", f"M={rows}", (*arguments, "fp32", 0), moved)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The routed experts of one Qwen3-30B-A3B layer with cold weights.
+"""The routed experts of one Qwen3-30B-A3B layer with cold weights: `moe_experts_int4`.
 
     python benchmarks/ops/bench_moe_gemm.py [--tokens 1 8 512] [--activation int8] [--dtype float32] [--layers 3]
 
 Calls go round several layers, whose weights together do not fit any cache, with fresh uniform routing each time.
 Printed per number of tokens: median microseconds and quartiles, GB/s of the weights of the experts in use, that as a
 fraction of the read bandwidth measured in the same run, and billions of integer operations per second.
+
+First one gate_up product of a few experts by `marlin_moe_gemm`, warm. Where it has no kernel its reference unpacks the
+weights of every expert in use at each call.
 """
 
 import argparse
@@ -16,7 +19,9 @@ import torch
 
 import ferrum_ops
 from ferrum_ops.formats import int4
-from ferrum_ops.testing.timing import Case, bytes_of, check_case, read_bandwidth
+from ferrum_ops.ops.marlin import marlin_workspace
+from ferrum_ops.ops.moe_gemm import random_marlin_experts
+from ferrum_ops.testing.timing import Case, bytes_of, check_case, read_bandwidth, run_cases
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, GROUP_SIZE = 2048, 768, 128, 8, 128
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -48,6 +53,17 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
             yield Case("moe_experts_int4", label, (hidden, ids, weights, *layer, activation), bytes_of(*layer[:2]))
 
 
+def marlin_cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    stack = random_marlin_experts(8, HIDDEN, 2 * WIDTH, GROUP_SIZE, 4, "cpu")
+    for tokens in (1, 64):
+        hidden, (ids, _) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, 8)
+        blocks = ferrum_ops.moe_align_block_size(ids, 8, 16)
+        shape = (ids.shape[1], 16, WIDTH, GROUP_SIZE, 4, "silu_mul", "fp32", 0)
+        arguments = (hidden, *stack, None, *blocks, None, marlin_workspace("cpu"), *shape)
+        moved = bytes_of(hidden, *(t for t in stack if t is not None)) + ids.numel() * WIDTH * dtype.itemsize
+        yield Case("marlin_moe_gemm", f"T={tokens} E=8", arguments, moved)
+
+
 def run(tokens: int, layers: list[tuple[Any, ...]], activation: str, dtype: torch.dtype, bandwidth: float) -> None:
     hidden = torch.randn(tokens, HIDDEN).to(dtype)
     expert_bytes = sum(bytes_of(layers[0][i]) for i in (0, 1, 5, 6)) / EXPERTS
@@ -77,6 +93,7 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=3)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
+    run_cases(marlin_cases(dtype), repeats=5)
     for case in cases(dtype):
         check_case(case)
     bandwidth = read_bandwidth()

@@ -12,3 +12,7 @@ print(tuple(qweight.shape), qweight.dtype)  # (1, 8) torch.int32
 
 weight = ferrum_ops.gptq_dequantize(qweight, qzeros, scales)
 print(weight[1].tolist())  # [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+
+# A product with the words as they are. Row 1 of the weights is what the second unit vector picks.
+x = torch.eye(8)[1:2]
+print(ferrum_ops.gptq_gemm(x, qweight, qzeros, scales).tolist() == [weight[1].tolist()])  # True

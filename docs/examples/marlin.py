@@ -15,3 +15,9 @@ print(tuple(qweight.shape), tuple(packed.shape))  # (16, 64) (8, 128)
 print(torch.equal(ferrum_ops.marlin_unpack(packed, None, in_features, out_features), qweight))  # True
 permuted = ferrum_ops.marlin_permute_scales(scales, in_features, group_size)
 print(torch.equal(ferrum_ops.marlin_unpermute_scales(permuted, in_features, group_size), scales))  # True
+
+# No zero points: every one is 8. One workspace serves all products of a stream.
+x, workspace = torch.randn(3, in_features), ferrum_ops.marlin_workspace("cpu")
+y = ferrum_ops.marlin_gemm(x, packed, permuted, None, None, None, workspace, out_features, group_size)
+weight = (codes.float() - 8) * scales.repeat_interleave(group_size, 0)
+print(torch.allclose(y, x @ weight, atol=1e-3))  # True

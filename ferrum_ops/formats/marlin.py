@@ -26,6 +26,8 @@ from ferrum_ops.formats import gptq
 SUPPORTED_BITS = (4, 8)
 TILE_ROWS = 16
 UNIT_COLUMNS = 64
+#: Columns of gate that stand before the same columns of up in an interleaved matrix.
+GATE_RUN = 8
 
 # Words seen as axes [experts, row tile, q, u, j, (c',) c] and the order in which they lie.
 _WORD_ORDER = {4: (0, 1, 3, 5, 2, 4), 8: (0, 1, 3, 6, 2, 4, 5)}
@@ -41,7 +43,8 @@ def check_sizes(op: str, packed_rows: int, out_features: int, bits: int) -> None
         raise ValueError(f"[{op}] out_features: expected a multiple of {UNIT_COLUMNS}, got {out_features}")
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype and shape, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
@@ -49,14 +52,14 @@ def check_words(op: str, name: str, words: torch.Tensor, shape: tuple[int, int])
     """Raise ValueError unless `words` is int32 of `shape`, alone or one per expert."""
     if words.dtype != torch.int32 or words.dim() not in (2, 3) or words.shape[-2:] != shape:
         expected = f"int32 {shape} or (E, {shape[0]}, {shape[1]})"
-        raise ValueError(f"[{op}] {name}: expected {expected}, got {_describe(words)}")
+        raise ValueError(f"[{op}] {name}: expected {expected}, got {describe(words)}")
 
 
 def check_perm(op: str, perm: torch.Tensor | None, experts: tuple[int, ...]) -> None:
     """Raise ValueError unless `perm` is int32 `[*experts, packed rows]`."""
     if perm is not None and (perm.dtype != torch.int32 or perm.shape[:-1] != experts or perm.dim() == 0):
         shape = ", ".join((*map(str, experts), "rows"))
-        raise ValueError(f"[{op}] perm: expected int32 ({shape}), got {_describe(perm)}")
+        raise ValueError(f"[{op}] perm: expected int32 ({shape}), got {describe(perm)}")
 
 
 def check_perm_values(op: str, perm: torch.Tensor, in_features: int) -> None:
@@ -181,9 +184,9 @@ def _scale_axes(
     groups = gptq.num_groups(in_features, group_size)
     if scales.dim() not in (2, 3) or scales.shape[-2] != groups or not scales.is_floating_point():
         expected = f"floating ({groups}, N) or (E, {groups}, N)"
-        raise ValueError(f"[{op}] scales: expected {expected}, got {_describe(scales)}")
+        raise ValueError(f"[{op}] scales: expected {expected}, got {describe(scales)}")
     if scales.shape[-1] % UNIT_COLUMNS:
-        raise ValueError(f"[{op}] scales: expected N in multiples of {UNIT_COLUMNS}, got {_describe(scales)}")
+        raise ValueError(f"[{op}] scales: expected N in multiples of {UNIT_COLUMNS}, got {describe(scales)}")
     return ((8, 8), (1, 0)) if groups > 1 else ((4, 4, 2), (1, 0, 2))
 
 
@@ -228,3 +231,96 @@ def unpack_zeros(qzeros: torch.Tensor, bits: int) -> torch.Tensor:
     ordered = gptq.unpack_columns(qzeros, bits, columns)
     permuted = _permute_runs(ordered, (2, 4) if bits == 4 else (2, 2), (1, 0))
     return _permute_runs(permuted, (8, 8), (1, 0))
+
+
+def repack_zeros(
+    qzeros: torch.Tensor, out_features: int, bits: int, zero_offset: int, op: str = "marlin_repack_zeros"
+) -> torch.Tensor:
+    """GPTQ zero words `int32 [..., G, N*bits/32]` to Marlin's, same shape.
+
+    zero_offset is 1 where qzeros hold `zero - 1` ("gptq"), 0 where they hold the zero point ("gptq_v2"); Marlin's words
+    hold the zero point itself. Raises ValueError for sizes, bits, shapes or dtypes that do not fit.
+    """
+    check_sizes(op, 0, out_features, bits)
+    return pack_zeros(
+        gptq.decode_zeros(
+            _zero_words(op, qzeros, out_features, bits), bits, out_features, _zero_format(op, zero_offset)
+        ),
+        bits,
+    )
+
+
+def restore_zeros(
+    zeros: torch.Tensor, out_features: int, bits: int, zero_offset: int, op: str = "marlin"
+) -> torch.Tensor:
+    """Inverse of `repack_zeros`, same arguments: the GPTQ zero words."""
+    check_sizes(op, 0, out_features, bits)
+    codes = unpack_zeros(_zero_words(op, zeros, out_features, bits), bits)
+    return gptq.encode_zeros(codes, bits, _zero_format(op, zero_offset))
+
+
+def _zero_words(op: str, words: torch.Tensor, out_features: int, bits: int) -> torch.Tensor:
+    if words.dtype != torch.int32 or words.dim() not in (2, 3) or words.shape[-1] != out_features * bits // 32:
+        columns = out_features * bits // 32
+        expected = f"int32 (G, {columns}) or (E, G, {columns})"
+        raise ValueError(f"[{op}] qzeros: expected {expected}, got {describe(words)}")
+    return words
+
+
+def _zero_format(op: str, zero_offset: int) -> str:
+    if zero_offset not in (0, 1):
+        raise ValueError(f"[{op}] zero_offset: expected 0 or 1, got {zero_offset}")
+    return "gptq" if zero_offset else "gptq_v2"
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+    op: str = "marlin",
+) -> torch.Tensor:
+    """Weights `[packed rows, N]` of one matrix, rows in their packed order: `(code - zero) * scale`.
+
+    Args:
+        packed: int32 `[packed rows/16, N*bits/2]`, from `repack`.
+        scales: floating `[G, N]`, from `permute_scales`; packed row j is of group `j // group_size`.
+        zeros: int32 `[G, N*bits/32]`, from `repack_zeros`; None: `2**(bits - 1)`.
+        group_size: -1 for one group.
+        dtype: of the result and of the arithmetic.
+
+    Raises ValueError for sizes, bits, shapes or dtypes that do not fit.
+    """
+    rows, columns = packed.shape[-2] * TILE_ROWS, packed.shape[-1] * 2 // bits
+    check_sizes(op, rows, columns, bits)
+    check_words(op, "packed", packed, (rows // TILE_ROWS, columns * bits // 2))
+    group = torch.arange(rows, device=packed.device) // max(gptq.effective_group_size(rows, group_size), 1)
+    scale = unpermute_scales(scales, rows, group_size, op).to(dtype)[group]
+    codes = _untile(packed, bits).to(dtype)
+    zero = 2 ** (bits - 1) if zeros is None else unpack_zeros(zeros, bits).to(dtype)[group]
+    return (codes - zero) * scale
+
+
+def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Columns of gate and up side by side in runs of 8: eight of gate, the same eight of up, the next eight of gate.
+
+    The last dimension of both is N columns, a multiple of 8 (codes, qweight, scales, zero points; not packed zero
+    words). A lane then holds gate and up of the same column in one 16-column tile, and forms silu(gate) * up in its
+    registers. Returns `[..., 2N]`. Raises ValueError for shapes that do not fit.
+    """
+    if gate.shape != up.shape or gate.dim() == 0 or gate.shape[-1] % GATE_RUN:
+        expected = f"two of the same shape (..., N), N a multiple of {GATE_RUN}"
+        raise ValueError(f"[marlin] gate, up: expected {expected}, got {tuple(gate.shape)} and {tuple(up.shape)}")
+    runs = (gate.shape[-1] // GATE_RUN, GATE_RUN)
+    return torch.stack((gate.unflatten(-1, runs), up.unflatten(-1, runs)), -2).flatten(-3)
+
+
+def split_gate_up(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `interleave_gate_up`: gate and up, `[..., N]` each."""
+    if columns.dim() == 0 or columns.shape[-1] % (2 * GATE_RUN):
+        expected = f"(..., 2N), N a multiple of {GATE_RUN}"
+        raise ValueError(f"[marlin] columns: expected {expected}, got {tuple(columns.shape)}")
+    gate, up = columns.unflatten(-1, (columns.shape[-1] // (2 * GATE_RUN), 2, GATE_RUN)).unbind(-2)
+    return gate.flatten(-2), up.flatten(-2)

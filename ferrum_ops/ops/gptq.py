@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ferrum_ops._library import refuse_grad, register
+from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
 from ferrum_ops.formats import gptq
 
 OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,13 +75,18 @@ def gptq_gemm(
     Returns:
         `[..., N]`, contiguous, of x's dtype.
 
+    x and bias have gradients; that of x is `grad @ w.T` with the dequantised weights, in fp32.
+
     Raises:
         RuntimeError: from the CPU kernel, or ValueError from the reference, for bits, dtypes or shapes that do not
             fit, tensors that are not contiguous (CPU), and on the CPU a g_idx outside `[0, G)`. On another device such
-            in-features make the result NaN. RuntimeError when x, scales or bias require grad.
+            in-features make the result NaN. RuntimeError when scales require grad.
     """
-    refuse_grad("gptq_gemm", x, scales, bias)
-    return torch.ops.ferrum.gptq_gemm(x, qweight, qzeros, scales, g_idx, bias, bits, zero_offset)
+    refuse_grad("gptq_gemm", scales)
+    arguments = (x, qweight, qzeros, scales, g_idx, bias, bits, zero_offset)
+    if needs_grad(x, bias):
+        return _differentiable_gptq_gemm(*arguments)
+    return torch.ops.ferrum.gptq_gemm(*arguments)
 
 
 def gptq_dequantize_ref(
@@ -146,6 +151,31 @@ def gptq_gemm_ref(
     if bias is not None:
         out = out + bias.to(compute)
     return out.to(x.dtype)
+
+
+def gptq_gemm_backward(
+    needs: Sequence[bool],
+    grads: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    zero_offset: int,
+) -> tuple[torch.Tensor | None, ...]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    grad = grads[0].reshape(-1, scales.shape[1]).to(compute)
+    grad_x = None
+    if needs[0]:
+        weight = torch.ops.ferrum.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, torch.float32)
+        grad_x = (grad @ weight.to(compute).T).to(x.dtype).reshape(x.shape)
+    grad_bias = grad.sum(0).to(bias.dtype) if bias is not None and needs[5] else None
+    return grad_x, *(None,) * 4, grad_bias, None, None
+
+
+_differentiable_gptq_gemm = differentiable(torch.ops.ferrum.gptq_gemm, gptq_gemm_backward)
 
 
 def gptq_gemm_fake(

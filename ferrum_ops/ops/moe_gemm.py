@@ -1,4 +1,5 @@
-"""The whole block of routed experts over int4 weights as one op.
+"""Routed experts: the whole block over int4 weights as one op (CPU), and one product in the Marlin layout, grouped by
+expert, for tensor cores.
 
 T tokens, H hidden, I expert width, E experts, K top-k.
 """
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from ferrum_ops._library import refuse_grad, register
 from ferrum_ops.formats import int4 as layout
+from ferrum_ops.formats import marlin
 from ferrum_ops.ops.int4 import (
     ACTIVATIONS,
     check_activation,
@@ -21,6 +23,11 @@ from ferrum_ops.ops.int4 import (
     multiply_packed,
     random_matrix,
 )
+from ferrum_ops.ops.marlin import check_bias, check_product, gather_packed_rows, marlin_workspace, random_marlin
+from ferrum_ops.ops.moe_routing import BLOCK_SIZES, moe_align_block_size_ref
+
+#: What happens to a product's sums before they are rounded.
+EPILOGUES = ("none", "silu_mul")
 
 
 def moe_experts_int4(
@@ -78,6 +85,268 @@ def moe_experts_int4(
         intermediate_size,
         activation,
     )
+
+
+def marlin_moe_gemm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    workspace: torch.Tensor,
+    top_k: int,
+    block_size: int,
+    out_features: int,
+    group_size: int,
+    bits: int = 4,
+    epilogue: str = "none",
+    reduction: str = "fp32",
+    max_sms: int = 0,
+) -> torch.Tensor:
+    """Every row of x times the matrices of its experts, in the Marlin layout.
+
+    Row p of the result, of P = M * top_k, is `epilogue(x[p // top_k] @ w[e] + bias[e]) * topk_weights.flatten()[p]`,
+    where e is the expert of the block in which sorted_token_ids names p. Sums are fp32 and so is everything after them,
+    until one rounding. How a routed block uses it:
+
+    - gate and up: x is hidden `[T, H]`, top_k is K and p = t*K + j, the pair ids of `moe_align_block_size`;
+    - down: x is what the first product gave, `[P, I]`, with top_k 1, the same ids, and topk_weights;
+    - rows gathered beforehand (`pair_ids=False`): x is `[P, ...]` in packed order, top_k is 1.
+
+    A row is zero when no block names it, or only a block without an expert: pairs of other ranks, which
+    `moe_align_block_size` leaves out, add nothing to a sum over slots.
+
+    Args:
+        x: `[M, K]`, float16 or bfloat16 (the reference takes any floating dtype), contiguous in the last dimension.
+        packed: int32 `[E, R/16, N*bits/2]`; scales, zeros, perm, group_size, bits and views as in `marlin_gemm`, each
+            with a leading dimension E: scales `[E, G, N]`, zeros int32 `[E, G, N*bits/32]`, perm int32 `[E, R]`.
+        scales: see packed.
+        zeros: see packed.
+        perm: see packed.
+        bias: floating `[E, columns of the product]`.
+        sorted_token_ids: int32 `[C]`: block i is `[i*block_size, (i+1)*block_size)`. An entry outside `[0, P)`, such as
+            the sentinel P, is padding. Every row may occur once.
+        block_ids: int32 `[ceil(C/block_size)]`: the expert of each block. A block outside `[0, E)`, such as -1, has
+            none: its rows are zero.
+        total_post_pad: int32 `[1]`: entries of sorted_token_ids from here on are not looked at, nor their blocks.
+        topk_weights: float32 with P elements in any shape, contiguous. None: no product with the router's weight.
+        workspace: int32, from `marlin_workspace`; zero before the call and after it.
+        top_k: rows of the result per row of x, at least 1.
+        block_size: 8, 16, 32, 48, 64 or 128, the one given to `moe_align_block_size`.
+        out_features: columns of the result.
+        group_size: see packed.
+        bits: 4 or 8.
+        epilogue: "none": the product has out_features columns. "silu_mul": it has those of gate and up, interleaved
+            in runs of 8 (`formats.marlin.interleave_gate_up`), `2 * out_features` with out_features rounded up to 8,
+            and the result is `silu(gate) * up`.
+        reduction: see `marlin_gemm`.
+        max_sms: see `marlin_gemm`.
+
+    Returns:
+        `[M * top_k, out_features]`, contiguous, of x's dtype.
+
+    Raises ValueError for sizes, shapes, dtypes or strides that do not fit, and on the CPU for a perm with an entry
+    outside `[-1, K)`; on another device such an entry makes a padding row. RuntimeError when x, bias or topk_weights
+    require grad.
+    """
+    refuse_grad("marlin_moe_gemm", x, bias, topk_weights)
+    return torch.ops.ferrum.marlin_moe_gemm(
+        x,
+        packed,
+        scales,
+        zeros,
+        perm,
+        bias,
+        sorted_token_ids,
+        block_ids,
+        total_post_pad,
+        topk_weights,
+        workspace,
+        top_k,
+        block_size,
+        out_features,
+        group_size,
+        bits,
+        epilogue,
+        reduction,
+        max_sms,
+    )
+
+
+def product_columns(out_features: int, epilogue: str) -> int:
+    """Columns of the product behind a result of `out_features`."""
+    if epilogue == "none":
+        return out_features
+    return 2 * (-(-out_features // marlin.GATE_RUN) * marlin.GATE_RUN)
+
+
+def _check_blocks(
+    rows: int,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    block_size: int,
+) -> None:
+    op = "marlin_moe_gemm"
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"[{op}] block_size: expected one of {BLOCK_SIZES}, got {block_size}")
+    blocks = -(-sorted_token_ids.numel() // block_size)
+    for name, ids, size in (
+        ("sorted_token_ids", sorted_token_ids, sorted_token_ids.numel()),
+        ("block_ids", block_ids, blocks),
+        ("total_post_pad", total_post_pad, 1),
+    ):
+        if ids.dtype != torch.int32 or ids.shape != (size,) or not ids.is_contiguous():
+            raise ValueError(f"[{op}] {name}: expected contiguous int32 ({size},), got {marlin.describe(ids)}")
+    if topk_weights is not None:
+        # float64 only where a test computes all in it.
+        fits = topk_weights.dtype in (torch.float32, torch.float64) and topk_weights.numel() == rows
+        if not fits or not topk_weights.is_contiguous():
+            got = marlin.describe(topk_weights)
+            raise ValueError(f"[{op}] topk_weights: expected contiguous float32 with {rows} elements, got {got}")
+
+
+def expert_of_rows(
+    rows: int,
+    num_experts: int,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """int64 `[rows]`: the expert of the block that names each row; -1 where none does, or one without an expert."""
+    place = torch.arange(sorted_token_ids.numel(), device=sorted_token_ids.device)
+    expert = block_ids.long()[place // block_size]
+    named = (sorted_token_ids >= 0) & (sorted_token_ids < rows) & (place < total_post_pad)
+    used = named & (expert >= 0) & (expert < num_experts)
+    of_row = torch.full((rows + 1,), -1, device=sorted_token_ids.device)  # entries that count for nothing go behind
+    return of_row.scatter(0, torch.where(used, sorted_token_ids, rows).long(), expert)[:rows]
+
+
+def marlin_moe_gemm_ref(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    workspace: torch.Tensor,
+    top_k: int,
+    block_size: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    epilogue: str,
+    reduction: str,
+    max_sms: int,
+) -> torch.Tensor:
+    """Computes in float64 when x is. Expert by expert; the host waits for the device."""
+    op = "marlin_moe_gemm"
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"[{op}] epilogue: expected one of {EPILOGUES}, got {epilogue!r}")
+    if x.dim() != 2 or top_k < 1:
+        raise ValueError(f"[{op}] x, top_k: expected (M, K) and at least 1, got {tuple(x.shape)} and {top_k}")
+    experts, rows, columns = packed.shape[:1], x.shape[0] * top_k, product_columns(out_features, epilogue)
+    check_product(
+        op, x, packed, scales, zeros, perm, workspace, columns, group_size, bits, reduction, max_sms, tuple(experts)
+    )
+    check_bias(op, bias, (*experts, columns))
+    _check_blocks(rows, sorted_token_ids, block_ids, total_post_pad, topk_weights, block_size)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros(rows, out_features, dtype=compute, device=x.device)
+    of_row = expert_of_rows(rows, experts.numel(), sorted_token_ids, block_ids, total_post_pad, block_size)
+    for e in range(experts.numel()):
+        mine = torch.nonzero(of_row == e).flatten()
+        if mine.numel() == 0:
+            continue
+        weight = marlin.dequantize(
+            packed[e], scales[e], None if zeros is None else zeros[e], group_size, bits, compute, op
+        )
+        activations = gather_packed_rows(
+            x[mine // top_k].to(compute), None if perm is None else perm[e], weight.shape[0]
+        )
+        product = activations @ weight[:, :columns]
+        if bias is not None:
+            product = product + bias[e].to(compute)
+        if epilogue == "silu_mul":
+            gate, up = marlin.split_gate_up(product)
+            product = (F.silu(gate) * up)[:, :out_features]
+        if topk_weights is not None:
+            product = product * topk_weights.flatten()[mine].to(compute).unsqueeze(-1)
+        out[mine] = product
+    return out.to(x.dtype)
+
+
+def marlin_moe_gemm_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    workspace: torch.Tensor,
+    top_k: int,
+    block_size: int,
+    out_features: int,
+    *_: Any,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0] * top_k, out_features))
+
+
+def random_marlin_experts(
+    num_experts: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    device: str,
+    *,
+    asymmetric: bool = False,
+    act_order: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Random `(packed, scales, zeros, perm)` of a stack, for tests and benchmarks; every expert has its own order."""
+    matrices = [
+        random_marlin(in_features, out_features, group_size, bits, device, asymmetric=asymmetric, act_order=act_order)
+        for _ in range(num_experts)
+    ]
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*matrices))
+
+
+def marlin_moe_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    workspace = marlin_workspace(device)
+    cases = (
+        # T, top-k, E, K, out, group size, bits, block size, asymmetric, act-order, epilogue
+        (5, 3, 4, 64, 128, 32, 4, 8, True, False, "none"),
+        (7, 2, 4, 48, 32, -1, 4, 16, False, True, "silu_mul"),
+        (33, 1, 2, 32, 64, 16, 8, 32, True, True, "none"),
+        (0, 2, 3, 32, 64, 16, 4, 48, False, False, "none"),
+    )
+    for tokens, top_k, experts, width, out, group_size, bits, block_size, asymmetric, act_order, epilogue in cases:
+        columns = product_columns(out, epilogue)
+        stack = random_marlin_experts(
+            experts, width, columns, group_size, bits, device, asymmetric=asymmetric, act_order=act_order
+        )
+        ids = torch.randint(-1, experts + 1, (tokens, top_k), device=device).to(torch.int32)
+        blocks = moe_align_block_size_ref(ids, experts, block_size, True, None)
+        x = torch.randn(tokens, width, device=device, dtype=dtype)
+        bias = torch.randn(experts, columns, device=device, dtype=dtype) if asymmetric else None
+        weights = torch.rand(tokens, top_k, device=device) if act_order else None
+        shape = (top_k, block_size, out, group_size, bits)
+        yield x, *stack, bias, *blocks, weights, workspace, *shape, epilogue, "fp32", 0
 
 
 def moe_experts_int4_ref(
@@ -212,3 +481,9 @@ def moe_experts_int4_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[A
 
 
 register("moe_experts_int4", ref=moe_experts_int4_ref, fake=moe_experts_int4_fake, inputs=moe_experts_int4_inputs)
+register(
+    "marlin_moe_gemm",
+    ref=marlin_moe_gemm_ref,
+    fake=marlin_moe_gemm_fake,
+    inputs=marlin_moe_gemm_inputs,
+)

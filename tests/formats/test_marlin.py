@@ -180,3 +180,14 @@ def perm(*values):
 def test_errors_name_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gate_and_up_alternate_in_runs_of_eight():
+    gate, up = torch.arange(24).view(1, 24), torch.arange(100, 124).view(1, 24)
+    columns = marlin.interleave_gate_up(gate, up)
+    assert columns[0, :20].tolist() == [*range(8), *range(100, 108), *range(8, 12)]
+    assert all(torch.equal(a, b) for a, b in zip(marlin.split_gate_up(columns), (gate, up)))
+    with pytest.raises(ValueError, match="gate, up: expected two of the same shape"):
+        marlin.interleave_gate_up(gate[:, :20], up[:, :20])
+    with pytest.raises(ValueError, match="columns: expected"):
+        marlin.split_gate_up(columns[:, :40])

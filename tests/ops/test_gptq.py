@@ -253,9 +253,8 @@ def test_gemm_kernel_refuses_strided_tensors(name):
         ferrum_ops.gptq_gemm(**arguments)
 
 
-@pytest.mark.parametrize("name", ["x", "scales", "bias"])
-def test_gemm_refuses_to_be_differentiated(name):
+def test_gemm_refuses_to_be_differentiated_by_its_weights():
     arguments = good_gemm()
-    arguments[name].requires_grad_()
+    arguments["scales"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"\[gptq_gemm\] has no backward"):
         ferrum_ops.gptq_gemm(**arguments)

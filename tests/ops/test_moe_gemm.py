@@ -1,13 +1,17 @@
-"""moe_experts_int4: the routed experts of a layer as one op, on every instruction level."""
+"""moe_experts_int4: the routed experts of a layer as one op, on every instruction level. marlin_moe_gemm: one grouped
+product against a loop over pairs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ferrum_ops
-from ferrum_ops.formats import int4
+from ferrum_ops.formats import gptq, int4, marlin
+from ferrum_ops.ops.gptq import random_projection
+from ferrum_ops.ops.marlin import marlin_workspace
 from ferrum_ops.ops.moe_gemm import moe_experts_int4_ref, random_experts
-from ferrum_ops.testing.compare import assert_close
+from ferrum_ops.ops.moe_routing import BLOCK_SIZES
+from ferrum_ops.testing.compare import assert_close, tolerance
 
 NAMES = [
     "hidden",
@@ -267,3 +271,204 @@ def test_reference_equals_loop_over_pairs():
     hidden = torch.randn(5, 72, dtype=torch.float64)
     out = moe_experts_int4_ref(hidden, ids, slot_weights, *weights, "full")
     assert_close("moe_experts_int4", out, oracle(hidden, ids, slot_weights, weights), 1e-12)
+
+
+def marlin_experts(experts, in_features, out_features, group_size=32, bits=4, act_order=False, gate_up=False):
+    """float64 weights `[E, K, N]` by GPTQ's formula and a stack of the same matrices in the Marlin layout.
+
+    Every expert has its own order. gate_up: the first half of N is gate, the second up, interleaved when packed.
+    """
+    groups = gptq.num_groups(in_features, group_size)
+    weights, stack = [], []
+    for _ in range(experts):
+        qweight, qzeros, scales = random_projection(in_features, out_features, groups, bits, "cpu")
+        g_idx = torch.arange(in_features, dtype=torch.int32) // gptq.effective_group_size(in_features, group_size)
+        g_idx = g_idx[torch.randperm(in_features)] if act_order else g_idx
+        weights.append(gptq.dequantize(qweight, qzeros, scales.double(), g_idx, bits, 1))
+        zeros = gptq.decode_zeros(qzeros, bits, out_features, "gptq")
+        if gate_up:
+            qweight, scales, zeros = (marlin.interleave_gate_up(*t.chunk(2, -1)) for t in (qweight, scales, zeros))
+        perm = gptq.sort_groups(g_idx, in_features, group_size)
+        packed = ferrum_ops.marlin_repack(qweight, perm, in_features, out_features, bits)
+        scales = ferrum_ops.marlin_permute_scales(scales, in_features, group_size)
+        stack.append((packed, scales, marlin.pack_zeros(zeros, bits), perm))
+    columns = tuple(None if column[0] is None else torch.stack(column) for column in zip(*stack))
+    return torch.stack(weights), columns
+
+
+def grouped(x, columns, blocks, block_size, out_features, *, top_k=1, group_size=32, bits=4, **options):
+    bias, weights = options.pop("bias", None), options.pop("topk_weights", None)
+    return ferrum_ops.marlin_moe_gemm(
+        x, *columns, bias, *blocks, weights, marlin_workspace("cpu"), top_k, block_size, out_features, group_size, bits,
+        **options,
+    )  # fmt: skip
+
+
+def pair_loop(x, ids, weights, top_k):
+    """float64 `[P, N]`: pair by pair; pairs without an expert are zero."""
+    out = torch.zeros(ids.numel(), weights.shape[-1], dtype=torch.float64)
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        if 0 <= expert < len(weights):
+            out[pair] = x[pair // top_k].double() @ weights[expert]
+    return out
+
+
+def uneven_ids(tokens, top_k, experts):
+    """Distinct ids per token; expert 1 has no pair, and one pair in eight is of no expert here (-1, E, beyond)."""
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).int()
+    outside = torch.tensor([-1, experts, experts + 7]).int()
+    ids[ids == 1] = -1
+    return torch.where(torch.rand(ids.shape) < 0.125, outside[torch.randint(3, ids.shape)], ids)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("pair_ids", [True, False], ids=["pairs", "packed rows"])
+def test_grouped_product_at_every_block_size(block_size, pair_ids):
+    tokens, top_k, experts = 29, 3, 5
+    weights, columns = marlin_experts(experts, 64, 128)
+    ids = uneven_ids(tokens, top_k, experts)
+    blocks = ferrum_ops.moe_align_block_size(ids, experts, block_size, pair_ids)
+    x = torch.randn(tokens, 64)
+    expected = pair_loop(x, ids, weights, top_k)
+    if pair_ids:
+        out = grouped(x, columns, blocks, block_size, 128, top_k=top_k)
+    else:
+        pairs, packed_token_idx, _ = ferrum_ops.moe_build_pairs_by_token(ids, experts)
+        gathered = torch.zeros(ids.numel(), 64)
+        gathered[: len(packed_token_idx)] = x[packed_token_idx.clamp(0, tokens - 1).long()]
+        packed = grouped(gathered, columns, blocks, block_size, 128)
+        rows = pairs.flatten().long()
+        out = torch.where(rows.unsqueeze(1) >= 0, packed[rows.clamp(min=0)], 0)
+    assert_close("marlin_moe_gemm", out, expected)
+    assert (out[(ids.flatten() < 0) | (ids.flatten() >= experts)] == 0).all()
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+def test_grouped_product_of_every_layout(group_size, bits, act_order):
+    weights, columns = marlin_experts(3, 64, 64, group_size, bits, act_order)
+    ids = uneven_ids(9, 2, 3)
+    blocks = ferrum_ops.moe_align_block_size(ids, 3, 8)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randn(9, 64).to(dtype)
+        out = grouped(x, columns, blocks, 8, 64, top_k=2, group_size=group_size, bits=bits)
+        bound = tolerance("marlin_moe_gemm", dtype)
+        assert out.dtype == dtype
+        assert_close("marlin_moe_gemm", out, pair_loop(x, ids, weights, 2), bound)
+
+
+def test_bias_comes_before_the_routers_weight():
+    weights, columns = marlin_experts(3, 32, 64)
+    ids, slot_weights, bias = uneven_ids(6, 2, 3), torch.rand(6, 2), torch.randn(3, 64)
+    x, known = torch.randn(6, 32), (ids.flatten() >= 0) & (ids.flatten() < 3)
+    blocks = ferrum_ops.moe_align_block_size(ids, 3, 16)
+    out = grouped(x, columns, blocks, 16, 64, top_k=2, bias=bias, topk_weights=slot_weights)
+    expected = pair_loop(x, ids, weights, 2) + bias.double()[ids.flatten().clamp(0, 2).long()]
+    expected = torch.where(known.unsqueeze(1), expected * slot_weights.double().view(-1, 1), 0)
+    assert_close("marlin_moe_gemm", out, expected)
+
+
+@pytest.mark.parametrize("intermediate_size", [32, 20], ids=["whole runs", "part of a run"])
+def test_two_products_are_the_routed_block(intermediate_size):
+    """gate and up with SiLU in the epilogue, then down with the router's weight."""
+    experts, top_k, hidden_size = 4, 2, 64
+    w13, first = marlin_experts(experts, hidden_size, 64, gate_up=True)
+    w2, second = marlin_experts(experts, 32, hidden_size)
+    hidden, ids, slot_weights = torch.randn(11, hidden_size), uneven_ids(11, top_k, experts), torch.rand(11, top_k)
+    blocks = ferrum_ops.moe_align_block_size(ids, experts, 16)
+    middle = grouped(hidden, first, blocks, 16, intermediate_size, top_k=top_k, epilogue="silu_mul")
+    assert middle.shape == (22, intermediate_size)
+    slots = grouped(middle, second, blocks, 16, hidden_size, topk_weights=slot_weights)
+    out = ferrum_ops.weighted_sum(slots.view(11, top_k, hidden_size), torch.ones(11, top_k))
+    expected = torch.zeros(11, hidden_size, dtype=torch.float64)
+    for t in range(11):
+        for k, e in enumerate(ids[t].tolist()):
+            if 0 <= e < experts:
+                gate, up = (hidden[t].double() @ w13[e]).chunk(2)
+                activated = (F.silu(gate) * up)[:intermediate_size]
+                expected[t] += slot_weights[t, k] * (activated @ w2[e][:intermediate_size])
+    assert_close("marlin_moe_gemm", out, expected, 4e-6)
+
+
+def test_blocks_without_an_expert_and_entries_behind_the_end_leave_zeros():
+    weights, columns = marlin_experts(3, 32, 64)
+    ids = torch.tensor([[0], [1], [2], [0], [1]]).int()
+    x = torch.randn(5, 32)
+    sorted_token_ids, block_ids, total = ferrum_ops.moe_align_block_size(ids, 3, 8)
+    whole = grouped(x, columns, (sorted_token_ids, block_ids, total), 8, 64)
+    assert_close("marlin_moe_gemm", whole, pair_loop(x, ids, weights, 1))
+    for nobody in (-1, 3, 2**30):
+        changed = block_ids.clone()
+        changed[1] = nobody
+        out = grouped(x, columns, (sorted_token_ids, changed, total), 8, 64)
+        assert (out[[1, 4]] == 0).all() and torch.equal(out[[0, 2, 3]], whole[[0, 2, 3]])
+    out = grouped(x, columns, (sorted_token_ids, block_ids, torch.tensor([16]).int()), 8, 64)
+    assert (out[2] == 0).all() and torch.equal(out[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+    for padding in (5, 2**30, -1):
+        entries = torch.where(sorted_token_ids == 5, padding, sorted_token_ids).int()
+        assert torch.equal(grouped(x, columns, (entries, block_ids, total), 8, 64), whole)
+
+
+def test_an_expert_map_keeps_the_experts_of_this_rank():
+    weights, columns = marlin_experts(2, 32, 64)  # experts 1 and 3 of four
+    expert_map, local = torch.tensor([-1, 0, -1, 1]).int(), torch.tensor([-1, 0, -1, 1])
+    ids = torch.randint(0, 4, (13, 2)).int()
+    blocks = ferrum_ops.moe_align_block_size(ids, 4, 8, True, expert_map)
+    x = torch.randn(13, 32)
+    out = grouped(x, columns, blocks, 8, 64, top_k=2)
+    assert_close("marlin_moe_gemm", out, pair_loop(x, local[ids.long()], weights, 2))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 3, 32)}, r"x, top_k: expected \(M, K\)"),
+        ({"top_k": 0}, "x, top_k: expected"),
+        ({"block_size": 7}, "block_size: expected one of"),
+        ({"epilogue": "gelu"}, r"epilogue: expected one of \('none', 'silu_mul'\), got 'gelu'"),
+        ({"epilogue": "silu_mul"}, "out_features: expected at most 64 columns of packed, got 128"),
+        ({"packed": torch.zeros(2, 128, dtype=torch.int32)}, "packed: expected int32"),
+        ({"scales": torch.zeros(2, 1, 64)}, r"scales: expected floating \(3, 1, 64\)"),
+        ({"perm": torch.zeros(32, dtype=torch.int32)}, r"perm: expected int32 \(3, 32\)"),
+        ({"bias": torch.zeros(64)}, r"bias: expected contiguous floating \(3, 64\)"),
+        ({"sorted_token_ids": torch.zeros(16, dtype=torch.int64)}, "sorted_token_ids: expected contiguous int32"),
+        ({"block_ids": torch.zeros(3, dtype=torch.int32)}, r"block_ids: expected contiguous int32 \(2,\)"),
+        ({"total_post_pad": torch.zeros(2, dtype=torch.int32)}, "total_post_pad: expected contiguous int32"),
+        ({"topk_weights": torch.ones(5, 1)}, "topk_weights: expected contiguous float32 with 4 elements"),
+        ({"topk_weights": torch.ones(4, 1).half()}, "topk_weights: expected contiguous float32"),
+        ({"workspace": torch.zeros(0)}, "workspace: expected int32"),
+    ],
+)
+def test_grouped_product_refuses_by_name(change, message):
+    _, (packed, scales, zeros, perm) = marlin_experts(3, 32, 64)
+    arguments = {
+        "x": torch.randn(4, 32),
+        "packed": packed,
+        "scales": scales,
+        "zeros": zeros,
+        "perm": perm,
+        "bias": None,
+        "sorted_token_ids": torch.full((16,), 4, dtype=torch.int32),
+        "block_ids": torch.zeros(2, dtype=torch.int32),
+        "total_post_pad": torch.tensor([16], dtype=torch.int32),
+        "topk_weights": torch.rand(4, 1),
+        "workspace": marlin_workspace("cpu"),
+        "top_k": 1,
+        "block_size": 8,
+        "out_features": 64,
+        "group_size": 32,
+    }
+    ferrum_ops.marlin_moe_gemm(**arguments)
+    with pytest.raises(ValueError, match=r"\[marlin_moe_gemm\] " + message):
+        ferrum_ops.marlin_moe_gemm(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("name", ["x", "topk_weights"])
+def test_grouped_product_refuses_to_be_differentiated(name):
+    _, columns = marlin_experts(2, 32, 64)
+    blocks = ferrum_ops.moe_align_block_size(torch.zeros(4, 1, dtype=torch.int32), 2, 8)
+    given = {"x": torch.randn(4, 32), "topk_weights": torch.rand(4, 1)}
+    given[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"\[marlin_moe_gemm\] has no backward"):
+        grouped(given["x"], columns, blocks, 8, 64, topk_weights=given["topk_weights"])
