@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._checks import check_activation, check_rows, check_rows_apart, check_shape, compute_dtype, expect
 from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
-from ferrum_ops.ops.norm import check_activation, check_rows, check_rows_apart, check_shape, compute_dtype, expect
 
 
 def silu_mul(gate_up: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:

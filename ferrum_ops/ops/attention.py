@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._checks import check_activation, check_float32, check_shape, compute_dtype, expect
 from ferrum_ops._library import refuse_grad, register
 from ferrum_ops.ops.kv_cache import (
     POOL_SHAPE,
@@ -18,7 +19,6 @@ from ferrum_ops.ops.kv_cache import (
     on_host,
     quantize_heads,
 )
-from ferrum_ops.ops.norm import check_activation, check_float32, check_shape, compute_dtype, expect
 
 #: Scores the reference holds at a time; it walks over the queries in steps.
 REFERENCE_SCORES = 1 << 24

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ferrum_ops._checks import check_activation, check_shape, expect
 from ferrum_ops._library import register
-from ferrum_ops.ops.norm import check_activation, check_shape, expect
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._checks import check_activation, check_float32, check_shape, expect
 from ferrum_ops._library import refuse_grad, register
-from ferrum_ops.ops.norm import check_activation, check_float32, check_shape, expect
 
 
 def kv_append_(

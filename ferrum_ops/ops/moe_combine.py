@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ferrum_ops._library import refuse_grad, register
-from ferrum_ops.ops.norm import (
+from ferrum_ops._checks import (
     check_activation,
     check_float32,
     check_rows_apart,
@@ -16,8 +15,9 @@ from ferrum_ops.ops.norm import (
     check_weight,
     compute_dtype,
     expect,
-    normalize,
 )
+from ferrum_ops._library import refuse_grad, register
+from ferrum_ops.ops.norm import normalize
 
 
 def moe_combine(packed: torch.Tensor, pairs_by_token: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._checks import check_activation, check_shape, compute_dtype, expect
 from ferrum_ops._library import refuse_grad, register
-from ferrum_ops.ops.norm import check_activation, check_shape, compute_dtype, expect
 
 MAX_EXPERTS = 1024
 BLOCK_SIZES = (8, 16, 32, 48, 64, 128)

@@ -7,17 +7,10 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._checks import check_activation, check_float32, check_weight, compute_dtype, expect
 from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
 from ferrum_ops.ops.kv_cache import POOL_SHAPE, check_caches, check_slot_mapping, inside_pool, write_rows
-from ferrum_ops.ops.norm import (
-    check_activation,
-    check_float32,
-    check_weight,
-    compute_dtype,
-    expect,
-    normalize,
-    normalize_backward,
-)
+from ferrum_ops.ops.norm import normalize, normalize_backward
 
 
 def qk_norm_rope(

@@ -7,15 +7,8 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._checks import check_activation, check_float32, check_rows_apart, check_shape, compute_dtype, expect
 from ferrum_ops._library import refuse_grad, register
-from ferrum_ops.ops.norm import (
-    check_activation,
-    check_float32,
-    check_rows_apart,
-    check_shape,
-    compute_dtype,
-    expect,
-)
 
 
 def argmax_rows(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
