@@ -6,8 +6,12 @@ from expecttest import assert_expected_inline
 
 from ferrum_models import LoadReport, Qwen3MoeForCausalLM
 from ferrum_models.quantization.layout import pick_layout
+from ferrum_models.quantization.modules import DENSE_BFLOAT16_ROWS, GptqLinear
 from ferrum_models.qwen3_moe import planner
 from ferrum_models.report import ModuleReport
+from ferrum_ops.formats import gptq
+from ferrum_ops.ops.gptq import random_projection
+from ferrum_ops.testing.compare import assert_close, tolerance
 from tests.models.make_checkpoint import Recipe, make_checkpoint, read_tensors
 from tests.models.test_loading import IDS, check_logits
 
@@ -105,3 +109,15 @@ def test_a_fresh_model_runs_without_a_checkpoint():
 
     model = Qwen3MoeForCausalLM(tiny_config(), moe_implementation="bucketed")
     assert model(IDS).logits.isfinite().all()  # without torch.no_grad(): nothing in it requires grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, DENSE_BFLOAT16_ROWS - 1, DENSE_BFLOAT16_ROWS, 128])
+def test_gptq_linear_is_right_whichever_way_it_multiplies(dtype, rows):
+    tensors = random_projection(96, 40, 3, 4, "cpu")
+    g_idx, bias = torch.randperm(96).int() % 3, torch.randn(40).to(dtype)
+    linear = GptqLinear(*tensors, g_idx, bias, bits=4, zero_offset=1)
+    x = torch.randn(1, rows, 96).to(dtype)
+    weight = gptq.dequantize(tensors[0], tensors[1], tensors[2].double(), g_idx, 4, 1)
+    # Dequantised weights are rounded to bfloat16 once more.
+    assert_close("gptq_gemm", linear(x), x.double() @ weight + bias.double(), 2 * tolerance("gptq_gemm", dtype))
