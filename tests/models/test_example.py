@@ -58,6 +58,7 @@ def test_full_activations_equal_transformers(model, heldout):
     assert worst <= 1e-4
 
 
+@pytest.mark.slow
 def test_int8_activations_cost_at_most_half_a_percent_of_perplexity(model, heldout):
     values = {}
     for activation in ("full", "int8"):
@@ -66,6 +67,7 @@ def test_int8_activations_cost_at_most_half_a_percent_of_perplexity(model, heldo
     assert values["int8"] <= 1.005 * values["full"]
 
 
+@pytest.mark.slow
 def test_perplexity_is_near_the_recorded_one_of_the_dense_model(model, tokenizer):
     record = json.loads((CHECKPOINT / "training.json").read_text())
     ids = tokenizer((CHECKPOINT / "heldout.txt").read_text(), return_tensors="pt", verbose=False).input_ids
