@@ -50,7 +50,11 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
         hidden, (ids, weights) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, 8)
         for activation in ("int8", "full"):
             label = f"T={tokens} E=8 {activation}"
-            yield Case("moe_experts_int4", label, (hidden, ids, weights, *layer, activation), bytes_of(*layer[:2]))
+            # Of the thousands of int8 codes between the products, the few that lie on a rounding boundary may fall to
+            # the other side of the float64 reference's; each moves its row by about 3e-4.
+            bound = 3e-3 if activation == "int8" and dtype == torch.float32 else None
+            arguments = (hidden, ids, weights, *layer, activation)
+            yield Case("moe_experts_int4", label, arguments, bytes_of(*layer[:2]), bound=bound)
 
 
 def marlin_cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
@@ -93,6 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=3)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
     run_cases(marlin_cases(dtype), repeats=5)
     for case in cases(dtype):
         check_case(case)
