@@ -17,7 +17,15 @@ ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def compile_flags() -> list[str]:
-    flags = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *ABI_FLAGS]
+    flags = [
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused-parameter",
+        *ABI_FLAGS,
+    ]
     flags += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
     # Kernels state their own fused multiply-adds; contraction by the compiler would make the levels differ.
     flags += ["-ffp-contract=off"]
