@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -223,3 +224,28 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+class LazyGroup:
+    """Tensors that come out of one piece of work: built together when the first is asked for."""
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        build: Callable[[], dict[str, torch.Tensor]],
+    ) -> None:
+        self._shapes, self._build = shapes, build
+        self._lock = threading.Lock()
+        self._built: dict[str, torch.Tensor] = {}
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        return {
+            name: LazyTensor(shape, dtype, lambda name=name: self._take(name))
+            for name, (shape, dtype) in self._shapes.items()
+        }
+
+    def _take(self, name: str) -> torch.Tensor:
+        with self._lock:
+            if name not in self._built:
+                self._built.update(self._build())
+            return self._built.pop(name)

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 import ferrum_ops
-
-
-def torch_op(name):
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.ferrum, packet), overload or "default")
+from ferrum_ops.testing.timing import torch_op
 
 
 def tensor_indices(args):

@@ -11,6 +11,7 @@ from expecttest import assert_expected_inline
 import ferrum_ops
 from ferrum_ops import table
 from ferrum_ops.testing.compare import TOLERANCES
+from ferrum_ops.testing.timing import torch_op
 
 ROOT = Path(__file__).parents[1]
 SCHEMA_FILE = ROOT / "csrc" / "schema.cpp"
@@ -59,11 +60,6 @@ def op_name(schema):
 
 NAMES = [op_name(schema) for schema in schema_lines()]
 FAMILIES = sorted({op.family for op in ferrum_ops.OPS.values()})
-
-
-def torch_op(name):
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.ferrum, packet), overload or "default")
 
 
 def sources(*folders, suffixes):

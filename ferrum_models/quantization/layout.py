@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import torch
 
-#: layout -> what it is
-LAYOUTS = {
-    "int4_cpu": "packed for the CPU kernels (ferrum_ops.int4_pack)",
-    "gptq": "as on disk, dequantised when used",
-    "dense": "dequantised to the activation dtype while loading",
-}
-
 
 def pick_layout(bits: int, kernel_group_size: int | None, device: torch.device) -> str:
     """The layout of a GPTQ weight.
+
+    "int4_cpu" is packed for the CPU kernels, "gptq" as on disk and dequantised when used, "dense" dequantised to the
+    activation dtype while loading.
 
     `kernel_group_size` is the group size the CPU kernels would use (a multiple of 8, at most 128), or None if the
     weight's groups admit none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -194,8 +193,3 @@ class PackedExperts(_FormatModule):
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor without data, for building a module that is loaded afterwards."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def is_packed(module: Any) -> bool:
-    """Whether the module holds weights in a layout of its own."""
-    return isinstance(module, _FormatModule)

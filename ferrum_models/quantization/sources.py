@@ -18,8 +18,6 @@ from ferrum_models.quantization.settings import GptqSettings
 from ferrum_ops.formats import gptq, int4
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-#: Zero point of symmetric 4-bit weights.
-SYMMETRIC_ZERO = 8
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ class GptqSource(QuantizedSource):
         super().__init__(checkpoint, name, in_features, out_features)
         module = settings.for_module(name)
         self.bits, self.checkpoint_format = module.bits, module.checkpoint_format
-        self.group_size = in_features if module.group_size == -1 else min(module.group_size, in_features)
-        self.groups = -(-in_features // self.group_size)
+        self.group_size = gptq.effective_group_size(in_features, module.group_size)
+        self.groups = gptq.num_groups(in_features, module.group_size)
         if in_features % (32 if self.bits == 3 else 32 // self.bits):
             raise CheckpointError(
                 checkpoint.file_of(f"{name}.qweight"),
@@ -270,12 +268,12 @@ class RoundedSource(QuantizedSource):
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         codes, scales = self._codes_and_scales()
         rows = torch.arange(self.in_features) // self.group_size
-        return ((codes.float() - SYMMETRIC_ZERO) * scales.float()[rows]).T.to(dtype).contiguous()
+        return ((codes.float() - int4.SYMMETRIC_ZERO) * scales.float()[rows]).T.to(dtype).contiguous()
 
     def int4(self, perm: torch.Tensor | None, group_size: int, with_zeros: bool) -> Int4Tensors:
         codes, scales = self._codes_and_scales()
         packed = ferrum_ops.int4_pack(gptq.pack_rows(codes, 4), perm, self.in_features)
-        zeros = torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8) if with_zeros else None
+        zeros = torch.full(scales.shape, int4.SYMMETRIC_ZERO, dtype=torch.uint8) if with_zeros else None
         return Int4Tensors(
             packed,
             self.tile(scales, group_size, perm),
@@ -338,7 +336,7 @@ def unpack_int4(
     repeat = saved.group_size // group_size
     scales = int4.unpack_groups(part.scales, saved.out_features)[::repeat]
     if part.zeros is None:
-        zeros = torch.full(scales.shape, SYMMETRIC_ZERO, dtype=torch.uint8)
+        zeros = torch.full(scales.shape, int4.SYMMETRIC_ZERO, dtype=torch.uint8)
     else:
         zeros = int4.unpack_groups(part.zeros, saved.out_features)[::repeat]
     return {

@@ -6,7 +6,6 @@ asked for (LazyTensor), so that loading holds the packed model and one layer's w
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Qwen3MoeConfig
 
-from ferrum_models.checkpoint import Checkpoint, CheckpointError, LazyTensor
+from ferrum_models.checkpoint import Checkpoint, CheckpointError, LazyGroup, LazyTensor
 from ferrum_models.moe.weights import GptqExpertWeights, Int4ExpertWeights
 from ferrum_models.quantization.layout import pick_layout
 from ferrum_models.quantization.modules import (
@@ -45,31 +44,6 @@ from ferrum_models.report import LoadReport, ModuleReport, traced
 
 #: Tensors older writers store and no model needs.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
-
-
-class LazyGroup:
-    """Tensors that come out of one piece of work: built together when the first is asked for."""
-
-    def __init__(
-        self,
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
-        build: Callable[[], dict[str, torch.Tensor]],
-    ) -> None:
-        self._shapes, self._build = shapes, build
-        self._lock = threading.Lock()
-        self._built: dict[str, torch.Tensor] = {}
-
-    def tensors(self) -> dict[str, LazyTensor]:
-        return {
-            name: LazyTensor(shape, dtype, lambda name=name: self._take(name))
-            for name, (shape, dtype) in self._shapes.items()
-        }
-
-    def _take(self, name: str) -> torch.Tensor:
-        with self._lock:
-            if name not in self._built:
-                self._built.update(self._build())
-            return self._built.pop(name)
 
 
 @dataclass

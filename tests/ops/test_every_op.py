@@ -6,6 +6,7 @@ import torch
 
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
+from ferrum_ops.testing.timing import torch_op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -17,11 +18,6 @@ def cases(slow_dtypes=()):
             for i, args in enumerate(op.inputs("cpu", dtype)):
                 case = f"{name}-{str(dtype).removeprefix('torch.')}-{i}"
                 yield pytest.param(op, dtype, args, id=case, marks=marks)
-
-
-def torch_op(name):
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.ferrum, packet), overload or "default")
 
 
 def copy_tensor(t):
