@@ -15,6 +15,7 @@ def cases(slow_dtypes=()):
     for name, op in sorted(ferrum_ops.OPS.items()):
         for dtype in DTYPES:
             marks = [pytest.mark.slow] if dtype in slow_dtypes else []
+            torch.manual_seed(0)  # samples are drawn while collecting, before any fixture: the same in every run
             for i, args in enumerate(op.inputs("cpu", dtype)):
                 case = f"{name}-{str(dtype).removeprefix('torch.')}-{i}"
                 yield pytest.param(op, dtype, args, id=case, marks=marks)
