@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
-NATIVE := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h')
+NATIVE := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu' -o -type f -name '*.cuh')
 # The version is in the name, so that another TORCH installs another torch.
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 INSTALL_STAMP := $(VENV)/.install-$(TORCH)

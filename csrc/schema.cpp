@@ -2,7 +2,9 @@
 // T tokens, H hidden, I expert width, E experts, K top-k (or in-features), P = T*K pairs, D head dim.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(ferrum, m) {
+#include "common/library.h"
+
+STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def("add_bias_(Tensor(a!) x, Tensor bias) -> ()");
   m.def("argmax_rows(Tensor logits, Tensor? mask=None) -> Tensor");
   m.def(

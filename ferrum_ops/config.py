@@ -16,7 +16,7 @@ import torch
 
 PREFIX = "FERRUM_"
 #: Variables of the build (setup.py), which are no knobs.
-BUILD_VARIABLES = ("FERRUM_CUDA", "FERRUM_NATIVE_DEBUG")
+BUILD_VARIABLES = ("FERRUM_CUDA", "FERRUM_CUDA_ARCHS", "FERRUM_NATIVE_DEBUG")
 MOE_BLOCK_SIZES = (8, 16, 32, 48, 64)
 
 

@@ -8,6 +8,7 @@ python -m ferrum_ops.table --check README.md  # exit status 1 when the file has 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -17,13 +18,23 @@ BEGIN, END = "<!-- ops:begin -->", "<!-- ops:end -->"
 DEVICES = ("cpu", "cuda", "mps")
 
 
-def table() -> str:
-    """One row per op, ordered by family and name; what `ferrum_ops.backends()` says of each device."""
+def table(cuda_kernels: frozenset[str] = frozenset()) -> str:
+    """One row per op, ordered by family and name; what `ferrum_ops.backends()` says of each device.
+
+    `cuda_kernels` are ops that a build with CUDA has kernels of, for a table that does not depend on this build.
+    """
     served_by = backends()
     rows = [("family", "op", *DEVICES), ("---",) * (2 + len(DEVICES))]
     for name, op in sorted(OPS.items(), key=lambda item: (item[1].family, item[0])):
-        rows.append((op.family, f"`{name}`", *(served_by[name][device] for device in DEVICES)))
+        served = served_by[name] | ({"cuda": "kernel"} if name in cuda_kernels else {})
+        rows.append((op.family, f"`{name}`", *(served[device] for device in DEVICES)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cuda_kernels_of(sources: Path) -> frozenset[str]:
+    """The ops that the .cu files of a folder register."""
+    files = sorted(sources.glob("*.cu"))
+    return frozenset(name for file in files for name in re.findall(r'm\.impl\(\s*"([\w.]+)"', file.read_text("utf-8")))
 
 
 def with_table(text: str, file: str) -> str:
@@ -31,7 +42,8 @@ def with_table(text: str, file: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"[table] {file}: expected {BEGIN} and then {END}, once each")
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    kernels = cuda_kernels_of(Path(file).parent / "csrc" / "cuda")
+    return f"{before}{BEGIN}\n{table(kernels)}\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cpu/norm_rows.h"
+#include "checks/rows.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -15,7 +15,7 @@ void run(GatedKernel kernel, const GatedRows& rows, int64_t count) {
 }
 
 const char* element(const void* base, int64_t index, Dtype dtype) {
-  return static_cast<const char*>(base) + index * (dtype == Dtype::float32 ? 4 : 2);
+  return static_cast<const char*>(base) + index * element_size(dtype);
 }
 
 // Fills everything but the output from a tensor whose rows hold the gate and then the up half.

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "checks/tensor.h"
 #include "common/gptq.h"
-#include "cpu/tensor.h"
 
 namespace ferrum::cpu {
 

@@ -10,8 +10,8 @@
 #include <optional>
 #include <vector>
 
+#include "checks/rows.h"
 #include "cpu/gptq_args.h"
-#include "cpu/norm_rows.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -25,7 +25,7 @@ std::unique_ptr<float[]> pack_x(const Tensor& x, const RowLayout& layout) {
   std::unique_ptr<float[]> packed(new float[tiles * layout.rows * kGptqTileRows]);
   const auto pack_row = FERRUM_FOR_LEVEL(gptq_pack_x);
   const Dtype dtype = activation_dtype(kOp, "x", x);
-  const int64_t row_bytes = layout.stride * (dtype == Dtype::float32 ? 4 : 2);
+  const int64_t row_bytes = layout.stride * element_size(dtype);
   const char* from = data<char>(x);
   torch::stable::parallel_for(0, layout.rows, rows_per_task(layout.size), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

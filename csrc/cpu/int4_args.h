@@ -4,9 +4,9 @@
 #include <optional>
 #include <string>
 
+#include "checks/tensor.h"
 #include "common/int4.h"
 #include "cpu/int4_activations.h"
-#include "cpu/tensor.h"
 
 namespace ferrum::cpu {
 

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <optional>
 
+#include "checks/tensor.h"
 #include "common/int4.h"
-#include "cpu/tensor.h"
 
 namespace ferrum::cpu {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "cpu/norm_rows.h"
+#include "checks/rows.h"
 
 namespace ferrum::cpu {
 
@@ -56,7 +56,6 @@ struct Slots {
 };
 
 inline Slots check_slots(const char* op, const Tensor& slot_mapping, int64_t tokens, int64_t num_slots) {
-  FERRUM_CHECK(slot_mapping.is_cpu(), op, "slot_mapping", "expected a CPU tensor");
   const bool is_long = slot_mapping.scalar_type() == ScalarType::Long;
   FERRUM_CHECK(is_long || slot_mapping.scalar_type() == ScalarType::Int, op, "slot_mapping",
                "expected int32 or int64, got ", torch::headeronly::toString(slot_mapping.scalar_type()));

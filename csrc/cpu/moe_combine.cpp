@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cpu/norm_rows.h"
+#include "checks/rows.h"
 
 namespace ferrum::cpu {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/norm_rows.h"
+#include "checks/rows.h"
 
 namespace ferrum::cpu {
 namespace {

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "checks/tensor.h"
 
 namespace ferrum::cpu {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/norm_rows.h"
+#include "checks/norm.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -15,70 +15,55 @@ void run(const NormRows& rows, int64_t count) {
                               [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const char* op = "rms_norm";
+NormRows rows_of(const NormArguments& a) {
   NormRows rows{};
-  rows.dtype = activation_dtype(op, "x", x);
-  const RowLayout layout = row_layout(op, "x", x);
-  rows.float_weight = check_weight(op, "weight", weight, x, layout.size);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
-  rows.x = x.const_data_ptr();
-  rows.weight = weight.const_data_ptr();
-  rows.out = out.mutable_data_ptr();
-  rows.x_stride = layout.stride;
-  rows.out_stride = rows.size = layout.size;
-  rows.eps = static_cast<float>(eps);
-  run(rows, layout.rows);
-  return out;
+  rows.dtype = a.dtype;
+  rows.float_weight = a.float_weight;
+  rows.x = a.x.const_data_ptr();
+  rows.x_stride = a.x_rows.stride;
+  rows.weight = a.weight.const_data_ptr();
+  rows.size = a.x_rows.size;
+  rows.eps = a.eps;
+  if (a.residual != nullptr) {
+    rows.residual = a.residual->const_data_ptr();
+    rows.residual_stride = a.residual_rows.stride;
+  }
+  return rows;
 }
 
-struct SumArguments {
-  NormRows rows;
-  RowLayout x, residual;
-};
-
-SumArguments check_sum(const char* op, const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  SumArguments a{};
-  a.rows.dtype = activation_dtype(op, "x", x);
-  a.x = row_layout(op, "x", x);
-  check_same_dtype(op, "residual", residual, x);
-  check_same_shape(op, "residual", residual, x);
-  a.residual = row_layout(op, "residual", residual);
-  a.rows.float_weight = check_weight(op, "weight", weight, x, a.x.size);
-  a.rows.x = x.const_data_ptr();
-  a.rows.residual = residual.const_data_ptr();
-  a.rows.weight = weight.const_data_ptr();
-  a.rows.x_stride = a.x.stride;
-  a.rows.residual_stride = a.residual.stride;
-  a.rows.size = a.x.size;
-  a.rows.eps = static_cast<float>(eps);
-  return a;
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const NormArguments a = check_norm("rms_norm", x, nullptr, weight, eps);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  NormRows rows = rows_of(a);
+  rows.out = out.mutable_data_ptr();
+  rows.out_stride = rows.size;
+  run(rows, a.x_rows.rows);
+  return out;
 }
 
 std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                               double eps) {
-  SumArguments a = check_sum("fused_add_rms_norm", x, residual, weight, eps);
+  const NormArguments a = check_norm("fused_add_rms_norm", x, &residual, weight, eps);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   Tensor sum = torch::stable::new_empty(x, x.sizes());
-  a.rows.out = out.mutable_data_ptr();
-  a.rows.residual_out = sum.mutable_data_ptr();
-  a.rows.out_stride = a.rows.residual_out_stride = a.x.size;
-  run(a.rows, a.x.rows);
+  NormRows rows = rows_of(a);
+  rows.out = out.mutable_data_ptr();
+  rows.residual_out = sum.mutable_data_ptr();
+  rows.out_stride = rows.residual_out_stride = rows.size;
+  run(rows, a.x_rows.rows);
   return {out, sum};
 }
 
 void fused_add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   const char* op = "fused_add_rms_norm_";
-  SumArguments a = check_sum(op, x, residual, weight, eps);
-  check_rows_apart(op, "x", x, a.x);
-  check_rows_apart(op, "residual", residual, a.residual);
-  FERRUM_CHECK(a.x.rows == 0 || a.rows.x != a.rows.residual, op, "residual",
-               "expected other memory than that of x, got the same");
-  a.rows.out = x.mutable_data_ptr();
-  a.rows.residual_out = residual.mutable_data_ptr();
-  a.rows.out_stride = a.x.stride;
-  a.rows.residual_out_stride = a.residual.stride;
-  run(a.rows, a.x.rows);
+  const NormArguments a = check_norm(op, x, &residual, weight, eps);
+  check_norm_in_place(op, a);
+  NormRows rows = rows_of(a);
+  rows.out = x.mutable_data_ptr();
+  rows.residual_out = residual.mutable_data_ptr();
+  rows.out_stride = rows.x_stride;
+  rows.residual_out_stride = rows.residual_stride;
+  run(rows, a.x_rows.rows);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "cpu/norm_rows.h"
+#include "checks/rows.h"
 #include "cpu/rope.h"
 
 namespace ferrum::cpu {
@@ -41,7 +41,6 @@ inline void check_tables(const char* op, HeadsRope& heads, int64_t tokens, const
     FERRUM_CHECK(rows >= tokens, op, "cos", "expected at least ", tokens, " rows, one per token, got ", rows);
     return;
   }
-  FERRUM_CHECK(positions->is_cpu(), op, "positions", "expected a CPU tensor");
   heads.long_positions = positions->scalar_type() == ScalarType::Long;
   FERRUM_CHECK(heads.long_positions || positions->scalar_type() == ScalarType::Int, op, "positions",
                "expected int32 or int64, got ", torch::headeronly::toString(positions->scalar_type()));
@@ -93,7 +92,7 @@ inline SplitQkv check_split_qkv(const char* op, const Tensor& qkv, const std::op
   k.heads = num_kv_heads;
   set_weight(op, "q_weight", q, q_weight, qkv);
   set_weight(op, "k_weight", k, k_weight, qkv);
-  const int64_t element = q.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t element = element_size(q.dtype);
   const char* in = static_cast<const char*>(qkv.const_data_ptr());
   q.x = in;
   k.x = in + num_heads * head_dim * element;

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/norm_rows.h"
+#include "checks/rows.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -82,7 +82,6 @@ Tensor argmax_rows(const Tensor& logits, const std::optional<Tensor>& mask) {
 
 // int32 or int64 elements as int64.
 std::vector<int64_t> check_integers(const char* op, const char* name, const Tensor& t) {
-  FERRUM_CHECK(t.is_cpu(), op, name, "expected a CPU tensor");
   FERRUM_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, name,
                "expected int32 or int64, got ", torch::headeronly::toString(t.scalar_type()));
   FERRUM_CHECK(t.dim() == 1, op, name, "expected 1 dimension, got ", t.dim());
@@ -123,7 +122,6 @@ void repetition_penalty_(const Tensor& logits, const Tensor& ids, const Tensor& 
   }
   std::vector<float> values(listed.size());
   char* rows = static_cast<char*>(logits.mutable_data_ptr());
-  const int64_t element_size = dtype == Dtype::float32 ? 4 : 2;
   const auto kernel = FERRUM_FOR_LEVEL(penalize);
   torch::stable::parallel_for(
       0, tokens, rows_per_task(8 * ids.numel() / std::max<int64_t>(tokens, 1)), [&](int64_t begin, int64_t end) {
@@ -134,7 +132,7 @@ void repetition_penalty_(const Tensor& logits, const Tensor& ids, const Tensor& 
           int64_t* const start = listed.data() + first[static_cast<size_t>(row)];
           int64_t* const stop = listed.data() + first[static_cast<size_t>(row) + 1];
           const int64_t* kept = std::remove_if(start, stop, [&](int64_t id) { return id < 0 || id >= size; });
-          kernel(rows + row * stride * element_size, dtype, start, kept - start, penalties[row],
+          kernel(rows + row * stride * element_size(dtype), dtype, start, kept - start, penalties[row],
                  values.data() + (start - listed.data()));
         }
       });

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "cpu/isa.h"
 
 #if defined(__x86_64__)
@@ -16,8 +17,6 @@
 #endif
 
 namespace ferrum::cpu {
-
-enum class Dtype : int { float32, float16, bfloat16 };
 
 struct Half {
   uint16_t bits;

@@ -1,10 +1,10 @@
 // Checks on stable-ABI tensors for the families whose kernels walk rows: norm, activation, rope, routing, combine.
 #pragma once
 
-#include "cpu/simd.h"
-#include "cpu/tensor.h"
+#include "checks/tensor.h"
+#include "common/dtype.h"
 
-namespace ferrum::cpu {
+namespace ferrum {
 
 inline std::string stride_string(const Tensor& t) {
   std::ostringstream out;
@@ -74,7 +74,6 @@ inline void check_rows_apart(const char* op, const char* name, const Tensor& t, 
 
 // A contiguous vector [size] of x's dtype or float32. Returns whether it is float32 beside other activations.
 inline bool check_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x, int64_t size) {
-  FERRUM_CHECK(weight.is_cpu(), op, name, "expected a CPU tensor");
   FERRUM_CHECK(weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float, op, name,
                "expected ", torch::headeronly::toString(x.scalar_type()), " or Float, got ",
                torch::headeronly::toString(weight.scalar_type()));
@@ -83,4 +82,4 @@ inline bool check_weight(const char* op, const char* name, const Tensor& weight,
   return weight.scalar_type() == ScalarType::Float;
 }
 
-}  // namespace ferrum::cpu
+}  // namespace ferrum

@@ -1,4 +1,5 @@
-// Checks and small helpers on stable-ABI tensors for the CPU registrations.
+// Checks and small helpers on stable-ABI tensors, for every device. That all tensors lie on one device is the
+// dispatcher's business where it picked the CPU, and `check_device`'s elsewhere.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +13,7 @@
 
 #include "common/check.h"
 
-namespace ferrum::cpu {
+namespace ferrum {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -32,13 +33,11 @@ inline bool is_activation_dtype(ScalarType dtype) {
 }
 
 inline void check_activation(const char* op, const char* name, const Tensor& t) {
-  FERRUM_CHECK(t.is_cpu(), op, name, "expected a CPU tensor");
   FERRUM_CHECK(is_activation_dtype(t.scalar_type()), op, name, "expected float32, float16 or bfloat16, got ",
                torch::headeronly::toString(t.scalar_type()));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  FERRUM_CHECK(t.is_cpu(), op, name, "expected a CPU tensor");
   FERRUM_CHECK(t.scalar_type() == dtype, op, name, "expected ", torch::headeronly::toString(dtype), ", got ",
                torch::headeronly::toString(t.scalar_type()));
 }
@@ -84,4 +83,4 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-}  // namespace ferrum::cpu
+}  // namespace ferrum

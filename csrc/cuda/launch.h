@@ -1,0 +1,133 @@
+// How an op starts a CUDA kernel: on the device of its inputs and on the stream that is current there.
+//
+// The emulated build (tests/emulation) compiles these sources as plain C++ and runs the kernels on the CPU, so no file
+// in this folder writes <<<>>>, inline PTX outside ptx.cuh and mma.cuh, or `extern __shared__`.
+#pragma once
+
+#include <initializer_list>
+
+#include "checks/tensor.h"
+#include "common/dtype.h"
+#include "common/library.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+// Absent from a torch without CUDA, in which the library must load all the same.
+#pragma weak aoti_torch_get_current_cuda_stream
+#else
+#include "cuda_emulation.h"
+#endif
+
+// The block's dynamic shared memory as an array of `type`, aligned to 16 bytes.
+#ifdef __CUDACC__
+#define FERRUM_DYNAMIC_SHARED(type, name)                              \
+  extern __shared__ __align__(16) unsigned char ferrum_shared_bytes[]; \
+  type* const name = reinterpret_cast<type*>(ferrum_shared_bytes)
+#else
+#define FERRUM_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::ferrum::emulation::dynamic_shared())
+#endif
+
+namespace ferrum::cuda {
+
+struct Grid {
+  dim3 blocks;
+  dim3 threads;
+  size_t shared_bytes = 0;  // dynamic
+};
+
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// Raises unless all tensors lie on the device of `on`.
+inline void check_device(const char* op, const Tensor& on, std::initializer_list<NamedTensor> others) {
+  for (const NamedTensor& other : others) {
+    const bool same = other.tensor.is_cuda() == on.is_cuda() && other.tensor.is_cpu() == on.is_cpu() &&
+                      other.tensor.get_device_index() == on.get_device_index();
+    FERRUM_CHECK(same, op, other.name, "expected a tensor on the device of the other tensors (index ",
+                 on.get_device_index(), "), got one on ", other.tensor.is_cpu() ? "the CPU" : "another device");
+  }
+}
+
+// An output of a kernel. (One function, so that the emulated build can put guard pages around the memory.)
+inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+#ifdef __CUDACC__
+  return torch::stable::new_empty(like, shape, dtype);
+#else
+  return emulation::new_guarded(like, shape, dtype);
+#endif
+}
+
+inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  return new_output(like, shape, like.scalar_type());
+}
+
+#ifdef __CUDACC__
+
+// Makes the device of `on` current while it lives, and launches on the stream that is current there.
+class Stream {
+ public:
+  Stream(const char* op, const Tensor& on) : op_(op), guard_(on.get_device_index()) {
+    void* stream = nullptr;
+    FERRUM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, "device", "this torch was built without CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // Starts `kernel` over `grid`; does nothing for an empty grid. Never waits, so it can be captured in a graph.
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) const {
+    if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) {
+      return;
+    }
+    if (grid.shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes)));
+    }
+    kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream_>>>(static_cast<Parameters>(arguments)...);
+    check(cudaGetLastError());
+  }
+
+  int multiprocessors() const {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
+
+ private:
+  void check(cudaError_t error) const { FERRUM_CHECK(error == cudaSuccess, op_, "CUDA", cudaGetErrorString(error)); }
+
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+#else
+
+class Stream {
+ public:
+  Stream(const char* op, const Tensor&) : op_(op) {}
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) const {
+    if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) {
+      return;
+    }
+    emulation::launch(op_, kernel, grid.blocks, grid.threads, grid.shared_bytes, static_cast<Parameters>(arguments)...);
+  }
+
+  int multiprocessors() const { return 4; }
+
+ private:
+  const char* op_;
+};
+
+#endif
+
+}  // namespace ferrum::cuda
