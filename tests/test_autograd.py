@@ -245,3 +245,10 @@ def test_empty_batches_have_empty_gradients():
     x, weight = torch.empty(0, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     ferrum_ops.rms_norm(x, weight).sum().backward()
     assert x.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros(8))
+
+
+def test_the_op_itself_warns_by_name_where_backward_reaches_it():
+    x = torch.randn(3, 8, requires_grad=True)
+    out = torch.ops.ferrum.rms_norm(x, torch.randn(8), 1e-6)
+    with pytest.warns(UserWarning, match="ferrum::rms_norm: an autograd kernel was not registered"):
+        out.sum().backward()

@@ -1,4 +1,6 @@
-"""int4 linear layers at Qwen3-30B-A3B's widths, and packing. `python benchmarks/ops/bench_int4.py [--dtype bfloat16]`
+"""int4 linear layers at Qwen3-30B-A3B's widths, and packing.
+
+`python benchmarks/ops/bench_int4.py [--dtype bfloat16] [--compile]`
 
 The head-sized matrix does not fit a last-level cache: its GB/s are the memory's. The other operands are warm.
 """
@@ -16,7 +18,7 @@ GROUP_SIZE = 128
 EXPERT_WIDTH = 768
 ATTENTION_WIDTH = 4096 + 2 * 512
 HEAD_WIDTH = 65536
-TOKENS = (1, 4, 16, 64, 512)
+TOKENS = (1, 4, 8, 16, 64, 512)
 
 
 def random_packed(out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,5 +57,6 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
     args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)))
+    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)

@@ -109,7 +109,7 @@ def add_bias__inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...
 
 
 def scaled_add_(dst: torch.Tensor, src: torch.Tensor, scale: float) -> None:
-    """`dst += scale * src` in place.
+    """`dst += scale * src` in place, rounded as `Tensor.add_(src, alpha=scale)` rounds it.
 
     Args:
         dst, src: of one shape and dtype (float32, float16 or bfloat16).
@@ -131,8 +131,10 @@ def scaled_add__ref(dst: torch.Tensor, src: torch.Tensor, scale: float) -> None:
 
 def scaled_add__inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     randn = _randn(device, dtype)
-    for shape in ((0, 8), (1, 768), (3, 63), (2, 3, 100), ()):
+    for shape in ((0, 8), (1, 768), (3, 63), (2, 3, 100)):
         yield randn(*shape), randn(*shape), -0.75
+    # ATen rounds the product of tensors without dimensions; in a sum that cancels, that would be the whole result.
+    yield randn().abs(), randn().abs(), 0.75
     yield randn(6, 200)[:, 30:157], randn(127, 6).t(), 3.0
 
 

@@ -169,13 +169,7 @@ def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: i
     if case.eager is not None:
         functions["eager"] = case.eager
     if compile_reference:
-        torch._dynamo.reset()
-        compiled = torch.compile(ferrum_ops.OPS[case.op].ref, dynamic=False)
-        try:
-            compiled(*case.arguments)
-            functions["compiled"] = lambda: compiled(*case.arguments)
-        except torch._inductor.exc.InductorError as error:
-            print(f"{case.op} {case.label}: the compiler fails on the reference: {str(error).splitlines()[0]}")
+        functions |= _compiled(case)
     with torch.no_grad():
         timings = compare(functions, repeats=repeats)
     own = timings["op"]
@@ -190,6 +184,22 @@ def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: i
     }
     row.update({peer: t.median / own.median for peer, t in timings.items() if peer != "op"})
     return row
+
+
+def _compiled(case: Case) -> dict[str, Callable[[], Any]]:
+    """Inductor's code for the reference, or for the plain torch formula where it cannot compile the reference."""
+    reference = ferrum_ops.OPS[case.op].ref
+    formulas: list[Callable[[], Any]] = [lambda: reference(*case.arguments)]
+    formulas += [] if case.eager is None else [case.eager]
+    for formula in formulas:
+        torch._dynamo.reset()
+        compiled = torch.compile(formula, dynamic=False)
+        try:
+            compiled()
+            return {"compiled": compiled}
+        except torch._inductor.exc.InductorError as error:
+            print(f"{case.op} {case.label}: inductor fails: {str(error).splitlines()[0]}")
+    return {}
 
 
 def bytes_of(*tensors: torch.Tensor) -> int:
