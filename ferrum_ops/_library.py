@@ -107,7 +107,7 @@ def differentiable(
     arguments of the call; it returns a gradient or None for each argument.
 
     A public function calls this only where `needs_grad`. An Autograd kernel of the op (torch.library.register_autograd)
-    would stand in the way of every other call too: it is Python, and costs more than a small op's own work. So a call of
+    would stand in the way of every other call too: it is Python, and costs more than a small op's own work. A call of
     `torch.ops.ferrum.<op>` itself has torch's answer for ops without one: a warning with the op's name in backward.
     """
 
