@@ -3,21 +3,20 @@
 `python benchmarks/ops/bench_activation.py [--dtype bfloat16] [--compile]`
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 EXPERT_WIDTH = 768
 TOP_K = 8
 TOKENS = (1, 8, 128, 512)
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
-    for tokens in TOKENS:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
+    for tokens in token_counts:
         rows = tokens * TOP_K
         gate_up = torch.randn(rows, 2 * EXPERT_WIDTH).to(dtype)
         gate, up = (half.contiguous() for half in gate_up.chunk(2, -1))
@@ -44,8 +43,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

@@ -3,13 +3,12 @@
 `python benchmarks/ops/bench_elementwise.py [--dtype bfloat16] [--compile]`
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2048, 32, 4, 128
 VOCABULARY = 20000
@@ -17,10 +16,10 @@ TOKENS = (1, 8, 512)
 EPS = 1e-6
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
     weight, table = torch.randn(HIDDEN).to(dtype), torch.randn(VOCABULARY, HIDDEN).to(dtype)
     perm = torch.randperm(HIDDEN).int()
-    for tokens in TOKENS:
+    for tokens in token_counts:
         x = torch.randn(tokens, HIDDEN).to(dtype)
         # In place and repeated, additions of zero leave what they are added to as it is.
         target, zeros = x.clone(), torch.zeros_like(x)
@@ -47,8 +46,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

@@ -5,13 +5,12 @@
 The head-sized matrix does not fit a last-level cache: its GB/s are the memory's. The other operands are warm.
 """
 
-import argparse
 from collections.abc import Iterator
 
 import torch
 
 from ferrum_ops.formats import int4
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 HIDDEN = 2048
 GROUP_SIZE = 128
@@ -55,8 +54,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

@@ -1,24 +1,24 @@
 """Cache writes at Qwen3-30B-A3B's sizes. `python benchmarks/ops/bench_kv_cache.py [--dtype float16] [--compile]`"""
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ferrum_ops.ops.kv_cache import quantize_heads
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 128, 16
 CAPACITY = 1024
 TOKENS = (1, 8, 128, 512)
 
 
-def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    for tokens in TOKENS:
+def cases(dtype: torch.dtype = torch.bfloat16, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
+    for tokens in token_counts:
         k, v = torch.randn(2, tokens, KV_HEADS, HEAD_DIM).to(dtype).unbind()
         label = f"T={tokens} heads={KV_HEADS} D={HEAD_DIM}"
 
-        caches = torch.zeros(2, 1, KV_HEADS, CAPACITY, HEAD_DIM, dtype=dtype).unbind()
+        capacity = max(CAPACITY, 2 * tokens)
+        caches = torch.zeros(2, 1, KV_HEADS, capacity, HEAD_DIM, dtype=dtype).unbind()
         lens = torch.tensor([100], dtype=torch.int32)
 
         def append(k=k, v=v, caches=caches, tokens=tokens):
@@ -27,8 +27,8 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
 
         yield Case("kv_append_", label, (*caches, k[None], v[None], lens), 2 * bytes_of(k, v), append)
 
-        pools = torch.zeros(2, CAPACITY // BLOCK_SIZE, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype).unbind()
-        slots = torch.randperm(CAPACITY)[:tokens]
+        pools = torch.zeros(2, capacity // BLOCK_SIZE, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype).unbind()
+        slots = torch.randperm(capacity)[:tokens]
 
         def write(k=k, v=v, pools=pools, slots=slots):
             for pool, new in zip(pools, (k, v)):
@@ -48,8 +48,4 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

@@ -5,7 +5,6 @@
 Where there is no kernel for the product, its reference unpacks the weights at every call.
 """
 
-import argparse
 from collections.abc import Iterator
 
 import torch
@@ -13,13 +12,13 @@ import torch
 from ferrum_ops.formats import marlin
 from ferrum_ops.ops.gptq import random_projection
 from ferrum_ops.ops.marlin import marlin_workspace, random_marlin
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 SIZES = ((2048, 768), (768, 2048), (4096, 2048))
 GROUP_SIZE = 128
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     for in_features, out_features in SIZES:
         qweight, qzeros, scales = random_projection(in_features, out_features, in_features // GROUP_SIZE, 4, "cpu")
         perm = torch.randperm(in_features).int()
@@ -33,21 +32,18 @@ def cases() -> Iterator[Case]:
         yield Case("marlin_permute_scales", label, arguments, 2 * bytes_of(scales))
         yield Case("marlin_unpermute_scales", label, arguments, 2 * bytes_of(scales))
         yield Case("marlin_repack_zeros", label, (qzeros, out_features, 4, 1), 2 * bytes_of(qzeros))
-    yield from product_cases()
+    yield from product_cases(dtype)
 
 
-def product_cases() -> Iterator[Case]:
+def product_cases(dtype: torch.dtype) -> Iterator[Case]:
     in_features, out_features = SIZES[0]
     packed, scales, _, perm = random_marlin(in_features, out_features, GROUP_SIZE, 4, "cpu", act_order=True)
     for rows in (1, 128):
-        x = torch.randn(rows, in_features)
+        x = torch.randn(rows, in_features).to(dtype)
         arguments = (x, packed, scales, None, perm, None, marlin_workspace("cpu"), out_features, GROUP_SIZE, 4)
-        moved = bytes_of(x, packed, scales) + rows * out_features * 4
+        moved = bytes_of(x, packed, scales) + rows * out_features * dtype.itemsize
         yield Case("marlin_gemm", f"M={rows}", (*arguments, "fp32", 0), moved)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(), compile_reference=args.compile)
+    main(cases, __doc__)

@@ -3,13 +3,12 @@
 `python benchmarks/ops/bench_moe_routing.py [--dtype bfloat16] [--compile]`
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ferrum_ops.ops.moe_routing import align_capacity
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 EXPERTS, TOP_K = 128, 8
 BLOCK_SIZE = 16
@@ -17,8 +16,8 @@ OUT_FEATURES = (1536, 2048)
 TOKENS = (1, 8, 128, 512)
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
-    for tokens in TOKENS:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
+    for tokens in token_counts:
         logits = torch.randn(tokens, EXPERTS).to(dtype)
         ids = logits.float().topk(TOP_K, -1).indices.int()
         pairs = ids.numel()
@@ -46,8 +45,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

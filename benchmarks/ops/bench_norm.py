@@ -1,21 +1,20 @@
 """RMS norm at Qwen3-30B-A3B's hidden size. `python benchmarks/ops/bench_norm.py [--dtype bfloat16] [--compile]`"""
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 HIDDEN = 2048
 TOKENS = (1, 8, 128, 512)
 EPS = 1e-6
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
     weight = torch.randn(HIDDEN).to(dtype)
-    for tokens in TOKENS:
+    for tokens in token_counts:
         x, residual = torch.randn(2, tokens, HIDDEN).to(dtype).unbind()
         label = f"T={tokens} D={HIDDEN}"
 
@@ -34,8 +33,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

@@ -3,14 +3,13 @@
 `python benchmarks/ops/bench_rope.py [--dtype bfloat16] [--compile]`
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from ferrum_ops.ops.rope import rotary_tables
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
 MAX_POSITIONS = 4096
@@ -24,10 +23,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * torch.cat((cos, cos), -1) + rotated * torch.cat((sin, sin), -1)
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
     cos, sin = rotary_tables(MAX_POSITIONS, HEAD_DIM)
     weight = torch.randn(HEAD_DIM).to(dtype)
-    for tokens in TOKENS:
+    for tokens in token_counts:
         positions = torch.randint(0, MAX_POSITIONS, (tokens,)).int()
         x = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype)
         qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(dtype)
@@ -72,8 +71,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

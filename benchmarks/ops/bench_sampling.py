@@ -3,20 +3,19 @@
 `python benchmarks/ops/bench_sampling.py [--dtype bfloat16] [--compile]`
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import Case, bytes_of, main
 
 VOCABULARY = 151936
 TOKENS = (1, 8, 64)
 HISTORY = 1000
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
-    for tokens in TOKENS:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
+    for tokens in token_counts:
         logits = torch.randn(tokens, VOCABULARY).to(dtype)
         mask = torch.rand(VOCABULARY) < 0.5
         label = f"T={tokens} n={VOCABULARY}"
@@ -42,8 +41,4 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also time the compiled reference")
-    args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
+    main(cases, __doc__)

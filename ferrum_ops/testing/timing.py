@@ -6,6 +6,8 @@ quartiles, so that it is seen.
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -67,10 +69,10 @@ def compare(
             if eviction is not None:
                 eviction.sum()
             samples[name].append(_sample(function, calls[name]))
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: timing_of(values) for name, values in samples.items()}
 
 
-def _timing(samples: list[float]) -> Timing:
+def timing_of(samples: list[float]) -> Timing:
     if len(samples) == 1:
         return Timing(samples[0], samples[0], samples[0])
     lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
@@ -200,6 +202,17 @@ def _compiled(case: Case) -> dict[str, Callable[[], Any]]:
         except torch._inductor.exc.InductorError as error:
             print(f"{case.op} {case.label}: inductor fails: {str(error).splitlines()[0]}")
     return {}
+
+
+def main(cases: Callable[[torch.dtype], Iterable[Case]], description: str | None) -> None:
+    """The command line of an op's benchmark: `[--dtype float16] [--compile]`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = inspect.signature(cases).parameters["dtype"].default
+    names = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", default=str(default).removeprefix("torch."), choices=names)
+    parser.add_argument("--compile", action="store_true", help="also time inductor's code for the same formula")
+    args = parser.parse_args()
+    run_cases(cases(getattr(torch, args.dtype)), compile_reference=args.compile)
 
 
 def bytes_of(*tensors: torch.Tensor) -> int:
