@@ -54,13 +54,8 @@ inline void check_device(const char* op, const Tensor& on, std::initializer_list
   }
 }
 
-// An output of a kernel. (One function, so that the emulated build can put guard pages around the memory.)
 inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-#ifdef __CUDACC__
   return torch::stable::new_empty(like, shape, dtype);
-#else
-  return emulation::new_guarded(like, shape, dtype);
-#endif
 }
 
 inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {

@@ -1,0 +1,194 @@
+"""Builds CUDA sources as plain C++ and runs them on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulation"
+SCHEDULES = ("forward", "reverse", "random")
+RUNTIME = sorted(HERE.glob("*.cpp"))
+#: Objects of all libraries of a process are named apart by `-Bsymbolic`, and `-fno-gnu-unique` keeps their static and
+#: thread-local variables apart. The sanitizer's findings are reported by simt.cpp.
+FLAGS = [
+    *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-w"),
+    *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique"),
+    *("-fsanitize=alignment,bounds,shift-exponent", "-fno-sanitize-recover=all"),
+]
+#: Of kernels; guard.cpp uses what lies beyond the stable ABI.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+@cache
+def cuda_headers() -> tuple[Path, ...] | None:
+    """The folders that hold cuda_fp16.h and what it includes: NVIDIA's wheels, or a CUDA toolkit; None without either."""
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [Path(p) / "cu13" / "include" for p in (spec.submodule_search_locations or [])] if spec else []
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    for folder in (*wheels, *(Path(home) / "include" for home in homes if home)):
+        if (folder / "cuda_fp16.h").exists() and (folder / "crt" / "host_defines.h").exists():
+            return (folder,)
+    return None
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "no C++ compiler"
+    if cuda_headers() is None:
+        return "no CUDA headers: pip install nvidia-cuda-runtime nvidia-cuda-crt, or set CUDA_HOME"
+    return None
+
+
+@cache
+def _headers_digest() -> str:
+    """Changes with every header that a source may include."""
+    digest = hashlib.sha256()
+    for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.rglob("*.h")]):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    digest.update(torch.__version__.encode())
+    return digest.hexdigest()
+
+
+def _compiler() -> list[str]:
+    ccache = ["ccache"] if shutil.which("ccache") else []
+    return [*ccache, os.environ.get("CXX", "g++")]
+
+
+def _compile(source: Path, text: str, defines: Sequence[str]) -> Path:
+    """The object file of `text`, which stands in for `source`."""
+    headers = cuda_headers()
+    assert headers is not None
+    includes = [f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{source.parent}"]
+    includes += [f"-isystem{path}" for path in (*headers, *include_paths())]
+    command = [*_compiler(), *FLAGS, *defines, *includes]
+    key = hashlib.sha256("\0".join([*command, text, _headers_digest()]).encode()).hexdigest()[:16]
+    result = BUILD / f"{source.stem}-{key}.o"
+    if not result.exists():
+        written = BUILD / key / source.name  # the name that messages show
+        written.parent.mkdir(exist_ok=True)
+        written.write_text(text)
+        partial = result.with_suffix(f".{os.getpid()}")
+        run = subprocess.run([*command, "-c", str(written), "-o", str(partial)], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"[emulator] {source.name}: expected to compile, got\n{run.stderr[-4000:]}")
+        partial.rename(result)
+    return result
+
+
+def _link(objects: Sequence[Path], name: str) -> Path:
+    key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:16]
+    result = BUILD / f"{name}-{key}.so"
+    if not result.exists():
+        partial = result.with_suffix(f".{os.getpid()}")
+        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
+        flags = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-o", str(partial)]
+        subprocess.run([_compiler()[-1], *flags, *map(str, objects), *libraries], check=True, capture_output=True)
+        partial.rename(result)
+    return result
+
+
+@contextmanager
+def _build_lock() -> Iterator[None]:
+    """One process builds what all of them load."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Emulated:
+    """CUDA sources in a shared library.
+
+    Args:
+        sources: `.cu` files.
+        namespace: of `torch.ops`, where the ops they register appear.
+        replace: text of a source instead of the file's own.
+    """
+
+    def __init__(self, sources: Sequence[Path], namespace: str, replace: dict[Path, str] | None = None) -> None:
+        texts = {path: path.read_text() for path in (*RUNTIME, *sources)} | (replace or {})
+        defines = [STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
+
+        def compile_one(path: Path) -> Path:
+            return _compile(path, texts[path], [] if path in RUNTIME else defines)
+
+        with _build_lock(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            library = _link(list(pool.map(compile_one, texts)), namespace)
+        self.namespace = namespace
+        self._definitions = torch.library.Library(namespace, "DEF")
+        for name in sorted({name for text in texts.values() for name in registered_names(text)}):
+            packet, _, overload = name.partition(".")
+            schema = getattr(getattr(torch.ops.ferrum, packet), overload or "default")._schema
+            self._definitions.define(str(schema).removeprefix("ferrum::"))
+        torch.ops.load_library(library)
+        self.c = ctypes.CDLL(str(library))
+        for counter in ("launches", "collectives"):
+            getattr(self.c, f"ferrum_emulation_{counter}").restype = ctypes.c_uint64
+
+    def op(self, name: str) -> Callable[..., Any]:
+        packet, _, overload = name.partition(".")
+        return getattr(getattr(getattr(torch.ops, self.namespace), packet), overload or "default")
+
+    @contextmanager
+    def schedule(self, schedule: str, seed: int = 0) -> Iterator[None]:
+        """Runs kernels under this order of their threads."""
+        self.c.ferrum_emulation_schedule(SCHEDULES.index(schedule), seed)
+        try:
+            yield
+        finally:
+            self.c.ferrum_emulation_schedule(0, 0)
+
+    @contextmanager
+    def guard_pages(self, side: str) -> Iterator[None]:
+        """Every CPU tensor made inside has a guard page "behind" or "before" it."""
+        self.c.ferrum_emulation_guard({"behind": 1, "before": 2}[side])
+        try:
+            yield
+        finally:
+            self.c.ferrum_emulation_guard(0)
+
+    def launches(self) -> int:
+        return self.c.ferrum_emulation_launches()
+
+    def collectives(self) -> int:
+        return self.c.ferrum_emulation_collectives()
+
+
+def registered_names(source: str) -> list[str]:
+    """The ops that a source registers."""
+    return re.findall(r'\bm\.impl\("([\w.]+)"', source)
+
+
+def kernel_sources() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def emulated_op_names() -> list[str]:
+    """Every op with a CUDA kernel in csrc/cuda."""
+    return sorted(name for path in kernel_sources() for name in registered_names(path.read_text()))
+
+
+@cache
+def shipped() -> Emulated:
+    """All of csrc/cuda, as `torch.ops.ferrum_emulated`."""
+    return Emulated(kernel_sources(), "ferrum_emulated")

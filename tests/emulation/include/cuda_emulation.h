@@ -1,0 +1,370 @@
+// CUDA's names for the kernels of csrc/cuda, compiled as plain C++. NVIDIA's own headers give the vector types, half
+// and bfloat16, which work on the host; this file gives what they leave to nvcc.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "simt.h"
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __constant__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ thread_local  // in a function: one object for the block. All of them lie in the library's TLS block.
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+#define threadIdx (::ferrum::emulation::this_thread().index)
+#define blockIdx (::ferrum::emulation::this_block())
+#define blockDim (::ferrum::emulation::this_launch().block)
+#define gridDim (::ferrum::emulation::this_launch().grid)
+constexpr int warpSize = 32;
+
+namespace ferrum::emulation {
+
+void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel);
+
+// What <<<grid, block, shared_bytes>>> does, at once.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            Arguments&&... arguments) {
+  run_cuda(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+}
+
+inline unsigned thread_count() {
+  const Index& block = this_launch().block;
+  return block.x * block.y * block.z;
+}
+
+inline int count_true(int predicate, const char* name, Site site) {
+  struct Operand {
+    int in, out;
+  } operand{predicate, 0};
+  block_collective(name, site, operand, [](Operand* const* threads) {
+    int count = 0;
+    for (unsigned i = 0; i < thread_count(); ++i) {
+      count += threads[i] != nullptr && threads[i]->in != 0;
+    }
+    for (unsigned i = 0; i < thread_count(); ++i) {
+      if (threads[i] != nullptr) {
+        threads[i]->out = count;
+      }
+    }
+  });
+  return operand.out;
+}
+
+// `function(values, mask)` gives the one result for all lanes of `mask`.
+template <class T, class R, class Function>
+R warp_reduce(const char* name, Site site, unsigned mask, T value, R, const Function& function) {
+  struct Operand {
+    T in;
+    R out;
+  } operand{value, R{}};
+  warp_collective(name, site, mask, operand, [&](Operand* const* lanes) {
+    R result{};
+    bool first = true;
+    for (int i = 0; i < warpSize; ++i) {
+      if (lanes[i] != nullptr) {
+        result = function(first, result, lanes[i]->in, i);
+        first = false;
+      }
+    }
+    for (int i = 0; i < warpSize; ++i) {
+      if (lanes[i] != nullptr) {
+        lanes[i]->out = result;
+      }
+    }
+  });
+  return operand.out;
+}
+
+// `source(lane)` gives the lane to read.
+template <class T, class Source>
+T shuffle(const char* name, Site site, unsigned mask, T value, int width, const Source& source) {
+  if (width <= 0 || width > 32 || (width & (width - 1)) != 0) {
+    fail(std::string(name) + ": width " + std::to_string(width) + " is no power of two up to 32");
+  }
+  struct Operand {
+    T in, out;
+    int from;
+  } operand{value, value, source(static_cast<int>(this_lane()))};
+  warp_collective(name, site, mask, operand, [&](Operand* const* lanes) {
+    for (int i = 0; i < warpSize; ++i) {
+      if (lanes[i] == nullptr) {
+        continue;
+      }
+      if (lanes[lanes[i]->from] == nullptr) {
+        fail(std::string(name) + ": lane " + std::to_string(i) + " reads lane " + std::to_string(lanes[i]->from) +
+             ", which takes no part");
+      }
+      lanes[i]->out = lanes[lanes[i]->from]->in;
+    }
+  });
+  return operand.out;
+}
+
+template <class To, class From>
+To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+const T& dereference(const T* pointer) {
+  return *pointer;
+}
+
+}  // namespace ferrum::emulation
+
+// ---- barriers and votes. The default argument is where the call stands: threads that meet at different ones diverged.
+
+#define FERRUM_AT ::ferrum::emulation::Site site = ::ferrum::emulation::Site::here()
+
+inline void __syncthreads(FERRUM_AT) { ferrum::emulation::count_true(0, "__syncthreads", site); }
+inline int __syncthreads_count(int predicate, FERRUM_AT) {
+  return ferrum::emulation::count_true(predicate, "__syncthreads_count", site);
+}
+inline int __syncthreads_or(int predicate, FERRUM_AT) {
+  return ferrum::emulation::count_true(predicate, "__syncthreads_or", site) != 0;
+}
+inline int __syncthreads_and(int predicate, FERRUM_AT) {
+  return ferrum::emulation::count_true(predicate == 0, "__syncthreads_and", site) == 0;
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, FERRUM_AT) {
+  return ferrum::emulation::warp_reduce(
+      "__ballot_sync", site, mask, predicate, 0u,
+      [](bool, unsigned votes, int vote, int lane) { return votes | (vote != 0 ? 1u << lane : 0u); });
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, FERRUM_AT) {
+  ferrum::emulation::warp_reduce("__syncwarp", site, mask, 0, 0, [](bool, int, int, int) { return 0; });
+}
+inline int __any_sync(unsigned mask, int predicate, FERRUM_AT) {
+  return ferrum::emulation::warp_reduce("__any_sync", site, mask, predicate, 0,
+                                        [](bool, int any, int vote, int) { return int{any != 0 || vote != 0}; });
+}
+inline int __all_sync(unsigned mask, int predicate, FERRUM_AT) {
+  return ferrum::emulation::warp_reduce("__all_sync", site, mask, predicate, 0, [](bool first, int all, int vote, int) {
+    return int{(first || all != 0) && vote != 0};
+  });
+}
+// Hardware may name any set of lanes that holds the caller; a correct kernel works with the smallest.
+inline unsigned __activemask() { return 1u << ferrum::emulation::this_lane(); }
+
+template <class T>
+T __reduce_add_sync(unsigned mask, T value, FERRUM_AT) {
+  return ferrum::emulation::warp_reduce("__reduce_add_sync", site, mask, value, T{},
+                                        [](bool, T sum, T x, int) { return T(sum + x); });
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value, FERRUM_AT) {
+  return ferrum::emulation::warp_reduce("__reduce_max_sync", site, mask, value, T{},
+                                        [](bool first, T best, T x, int) { return first || x > best ? x : best; });
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value, FERRUM_AT) {
+  return ferrum::emulation::warp_reduce("__reduce_min_sync", site, mask, value, T{},
+                                        [](bool first, T best, T x, int) { return first || x < best ? x : best; });
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, FERRUM_AT) {
+  struct Operand {
+    T in;
+    unsigned out;
+  } operand{value, 0};
+  ferrum::emulation::warp_collective("__match_any_sync", site, mask, operand, [](Operand* const* lanes) {
+    for (int i = 0; i < warpSize; ++i) {
+      for (int j = 0; lanes[i] != nullptr && j < warpSize; ++j) {
+        lanes[i]->out |= lanes[j] != nullptr && lanes[j]->in == lanes[i]->in ? 1u << j : 0u;
+      }
+    }
+  });
+  return operand.out;
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32, FERRUM_AT) {
+  return ferrum::emulation::shuffle("__shfl_sync", site, mask, value, width,
+                                    [=](int lane) { return (lane & ~(width - 1)) | (from & (width - 1)); });
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FERRUM_AT) {
+  return ferrum::emulation::shuffle("__shfl_up_sync", site, mask, value, width, [=](int lane) {
+    const int from = lane - static_cast<int>(delta);
+    return from < (lane & ~(width - 1)) ? lane : from;
+  });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, FERRUM_AT) {
+  return ferrum::emulation::shuffle("__shfl_down_sync", site, mask, value, width, [=](int lane) {
+    const int from = lane + static_cast<int>(delta);
+    return from > (lane | (width - 1)) ? lane : from;
+  });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, FERRUM_AT) {
+  return ferrum::emulation::shuffle("__shfl_xor_sync", site, mask, value, width, [=](int lane) {
+    const int from = lane ^ bits;
+    return from > (lane | (width - 1)) ? lane : from;
+  });
+}
+
+// ---- memory
+
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline void __nanosleep(unsigned) { ferrum::emulation::yield(); }
+
+template <class T, class Function>
+T ferrum_atomic(T* at, const Function& function) {
+  // Another thread may come between any two of this one's atomics.
+  if (ferrum::emulation::schedule() == ferrum::emulation::Schedule::random && ferrum::emulation::coin()) {
+    ferrum::emulation::yield();
+  }
+  const T old = *at;
+  *at = function(old);
+  return old;
+}
+template <class T>
+T atomicAdd(T* at, std::common_type_t<T> x) {
+  return ferrum_atomic(at, [=](T old) { return T(old + x); });
+}
+template <class T>
+T atomicMax(T* at, std::common_type_t<T> x) {
+  return ferrum_atomic(at, [=](T old) { return old > x ? old : x; });
+}
+template <class T>
+T atomicMin(T* at, std::common_type_t<T> x) {
+  return ferrum_atomic(at, [=](T old) { return old < x ? old : x; });
+}
+template <class T>
+T atomicOr(T* at, std::common_type_t<T> x) {
+  return ferrum_atomic(at, [=](T old) { return T(old | x); });
+}
+template <class T>
+T atomicAnd(T* at, std::common_type_t<T> x) {
+  return ferrum_atomic(at, [=](T old) { return T(old & x); });
+}
+template <class T>
+T atomicExch(T* at, std::common_type_t<T> x) {
+  ferrum::emulation::yield();  // locks spin on these two
+  return ferrum_atomic(at, [=](T) { return x; });
+}
+template <class T>
+T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> x) {
+  ferrum::emulation::yield();
+  return ferrum_atomic(at, [=](T old) { return old == expected ? x : old; });
+}
+
+// ---- arithmetic
+
+template <class T>
+constexpr std::enable_if_t<std::is_arithmetic_v<T>, T> min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr std::enable_if_t<std::is_arithmetic_v<T>, T> max(T a, T b) {
+  return a < b ? b : a;
+}
+inline float min(float a, float b) { return fminf(a, b); }  // of a number and a NaN, the number
+inline float max(float a, float b) { return fmaxf(a, b); }
+
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __powf(float x, float y) { return powf(x, y); }
+inline float __sinf(float x) { return sinf(x); }
+inline float __cosf(float x) { return cosf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fsqrt_rn(float x) { return sqrtf(x); }
+inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(x))); }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+inline float __saturatef(float x) { return x > 0.0f ? fminf(x, 1.0f) : 0.0f; }
+
+// Conversions of CUDA saturate, and make 0 of a NaN.
+inline int ferrum_saturate(double x) {
+  return std::isnan(x) ? 0 : static_cast<int>(fmin(fmax(x, -2147483648.0), 2147483647.0));
+}
+inline int __float2int_rn(float x) { return ferrum_saturate(nearbyintf(x)); }
+inline int __float2int_rz(float x) { return ferrum_saturate(truncf(x)); }
+inline int __float2int_rd(float x) { return ferrum_saturate(floorf(x)); }
+inline int __float2int_ru(float x) { return ferrum_saturate(ceilf(x)); }
+inline float __int2float_rn(int x) { return static_cast<float>(x); }
+inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
+
+inline int __float_as_int(float x) { return ferrum::emulation::bits_of<int>(x); }
+inline unsigned __float_as_uint(float x) { return ferrum::emulation::bits_of<unsigned>(x); }
+inline float __int_as_float(int x) { return ferrum::emulation::bits_of<float>(x); }
+inline float __uint_as_float(unsigned x) { return ferrum::emulation::bits_of<float>(x); }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __brev(unsigned x) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) {
+    reversed |= (x >> i & 1u) << (31 - i);
+  }
+  return reversed;
+}
+inline unsigned __umulhi(unsigned x, unsigned y) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(x) * y >> 32);
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) {
+    c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  }
+  return c;
+}
+
+// Products of two half or bfloat16 numbers are exact in float64, and so, but for the rarest ties, is the sum.
+inline __half __hfma(__half a, __half b, __half c) {
+  return __double2half(static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return __halves2half2(__hfma(__low2half(a), __low2half(b), __low2half(c)),
+                        __hfma(__high2half(a), __high2half(b), __high2half(c)));
+}
+inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
+  return __double2bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c));
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return __halves2bfloat162(__hfma(__low2bfloat16(a), __low2bfloat16(b), __low2bfloat16(c)),
+                            __hfma(__high2bfloat16(a), __high2bfloat16(b), __high2bfloat16(c)));
+}

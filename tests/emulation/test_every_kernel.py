@@ -1,0 +1,37 @@
+"""Every CUDA kernel, executed on the CPU: equal to the reference under every order of its threads, in bounds, and
+bit-identical from one order to the next."""
+
+import pytest
+import torch
+
+from ferrum_ops.testing.compare import assert_close, tolerance
+from tests.emulation.emulator import SCHEDULES, emulated_op_names
+from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
+
+NAMES = set(emulated_op_names())
+#: Where the tensors lie while a schedule runs: reads past either end must meet a guard page.
+GUARD = {"forward": "behind", "reverse": "before", "random": "behind"}
+
+
+def emulated_cases():
+    return [case for case in cases() if case.values[0].name in NAMES]
+
+
+@pytest.mark.parametrize("op, dtype, args", emulated_cases())
+def test_kernel_equals_reference(op, dtype, args, emulated):
+    expected = outputs(op, op.ref, copy_args(args, to_float64))
+    first = None
+    for schedule in SCHEDULES:
+        with emulated.guard_pages(GUARD[schedule]), emulated.schedule(schedule, seed=1):
+            got = outputs(op, emulated.op(op.name), copy_args(args))
+        assert len(got) == len(expected)
+        for g, e in zip(got, expected):
+            assert_close(op.name, g, e, tolerance(op.name, dtype))
+        first = first or got
+        for a, b in zip(first, got):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.numel() else True
+
+
+def test_kernels_are_registered(emulated):
+    for name in NAMES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ferrum_emulated::{name}", "CPU"), name
