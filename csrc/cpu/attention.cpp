@@ -133,13 +133,34 @@ void check_kv_len(const char* op, int64_t kv_len, int64_t tokens, int64_t capaci
                " causal queries, got ", kv_len);
 }
 
+// Caches [batch, kv_heads, capacity, head_dim] whose strides are whole rows of head_dim: contiguous ones, the part of a
+// larger buffer that is in use, token-major tensors seen with their heads first.
+void check_cache_rows(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
+  FERRUM_CHECK(k_cache.dim() == 4, op, "k_cache", "expected shape (batch, kv_heads, capacity, head_dim), got ",
+               shape_string(k_cache));
+  check_same_dtype(op, "v_cache", v_cache, k_cache);
+  check_same_shape(op, "v_cache", v_cache, k_cache);
+  check_last_contiguous(op, "k_cache", k_cache);
+  if (k_cache.numel() == 0) {
+    return;
+  }
+  for (int64_t i = 0; i < 3; ++i) {
+    FERRUM_CHECK(k_cache.size(i) == 1 || k_cache.stride(i) % k_cache.size(3) == 0, op, "k_cache",
+                 "expected strides that are multiples of head_dim, got ", stride_string(k_cache));
+  }
+  for (int64_t i = 0; i < 4; ++i) {
+    FERRUM_CHECK(k_cache.size(i) == 1 || v_cache.stride(i) == k_cache.stride(i), op, "v_cache", "expected the ",
+                 stride_string(k_cache), " of k_cache, got ", stride_string(v_cache));
+  }
+}
+
 Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& kv_lens, double scale,
                  bool causal, int64_t window) {
   const char* op = "attention";
   Attention a{};
   a.dtype = activation_dtype(op, "q", q);
   FERRUM_CHECK(q.dim() == 4, op, "q", "expected shape (batch, tokens, heads, head_dim), got ", shape_string(q));
-  check_caches(op, k_cache, v_cache, "(batch, kv_heads, capacity, head_dim)");
+  check_cache_rows(op, k_cache, v_cache);
   check_same_dtype(op, "k_cache", k_cache, q);
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), capacity = k_cache.size(2);
   a.head_dim = q.size(3);
@@ -157,8 +178,9 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   a.q = q.const_data_ptr(), a.out = out.mutable_data_ptr();
   a.k = k_cache.const_data_ptr(), a.v = v_cache.const_data_ptr();
   a.q_token_stride = q.stride(1), a.q_head_stride = q.stride(2);
-  a.block_size = capacity > 0 ? capacity : 1, a.block_rows = a.kv_heads * capacity, a.key_rows = 1;
-  a.head_rows = capacity;
+  a.block_size = capacity > 0 ? capacity : 1;
+  a.block_rows = k_cache.stride(0) / a.head_dim, a.head_rows = k_cache.stride(1) / a.head_dim;
+  a.key_rows = k_cache.stride(2) / a.head_dim;
   a.group = heads / a.kv_heads;
   a.scale = static_cast<float>(scale), a.causal = causal, a.window = window;
   std::vector<int32_t> block(static_cast<size_t>(batch));

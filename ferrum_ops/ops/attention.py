@@ -42,7 +42,9 @@ def attention(
 
     Args:
         q: `[B, n, Hq, D]`, float32, float16 or bfloat16; last dimension contiguous, other strides free.
-        k_cache, v_cache: contiguous `[B, Hkv, capacity, D]` of q's dtype; Hq is a multiple of Hkv.
+        k_cache, v_cache: `[B, Hkv, capacity, D]` of q's dtype; Hq is a multiple of Hkv. Both have the same strides: 1
+            for the last dimension, multiples of D for the others. So they may be the filled part of larger buffers, or
+            token-major tensors with their heads in front.
         kv_lens: int32 `[B]`, keys of each sequence, the new ones included. A sequence of length 0 gives zeros.
         scale: factor of the scores, usually `D ** -0.5`.
         causal: whether a query sees only keys up to its own.
@@ -106,13 +108,27 @@ def _check_kv_len(op: str, kv_len: int, tokens: int, capacity: int, causal: bool
     expect(holds, op, "kv_lens", f"0 or at least the {tokens} causal queries", kv_len)
 
 
+def _check_cache_rows(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    expect(k_cache.dim() == 4, op, "k_cache", "shape (batch, kv_heads, capacity, head_dim)", tuple(k_cache.shape))
+    expect(v_cache.dtype == k_cache.dtype, op, "v_cache", str(k_cache.dtype), v_cache.dtype)
+    check_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
+    check_last_contiguous(op, "k_cache", k_cache)
+    if k_cache.numel() == 0:
+        return
+    strides, head_dim = k_cache.stride(), k_cache.shape[3]
+    rows = all(size == 1 or stride % head_dim == 0 for size, stride in zip(k_cache.shape[:3], strides))
+    expect(rows, op, "k_cache", "strides that are multiples of head_dim", f"strides {tuple(strides)}")
+    same = all(size == 1 or v == k for size, k, v in zip(k_cache.shape, strides, v_cache.stride()))
+    expect(same, op, "v_cache", f"the strides {tuple(strides)} of k_cache", f"strides {tuple(v_cache.stride())}")
+
+
 def _check_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: torch.Tensor, window: int
 ) -> None:
     op = "attention"
     check_activation(op, "q", q)
     expect(q.dim() == 4, op, "q", "shape (batch, tokens, heads, head_dim)", tuple(q.shape))
-    check_caches(op, k_cache, v_cache, "(batch, kv_heads, capacity, head_dim)")
+    _check_cache_rows(op, k_cache, v_cache)
     expect(k_cache.dtype == q.dtype, op, "k_cache", str(q.dtype), k_cache.dtype)
     expect(k_cache.shape[0] == q.shape[0], op, "k_cache", f"a batch of {q.shape[0]}", tuple(k_cache.shape))
     _check_heads(op, q, k_cache, k_cache.shape[1], window)
@@ -181,6 +197,10 @@ def attention_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...
     sliced = randn(2, 3, 7, 100)[:, :, 1:5, 17:81]
     lens = torch.tensor((3, 12), dtype=torch.int32, device=device)
     yield sliced, randn(2, 2, 12, 64), randn(2, 2, 12, 64), lens, 0.3, True, 0
+    filled = (buffer[:, :, :12] for buffer in randn(2, 2, 2, 20, 64).unbind())
+    yield randn(2, 3, 4, 64), *filled, lens, 0.3, True, 0
+    token_major = (heads.transpose(1, 2) for heads in randn(2, 2, 12, 2, 64).unbind())
+    yield randn(2, 3, 4, 64), *token_major, lens, 0.3, True, 0
 
 
 def paged_attention(

@@ -284,10 +284,20 @@ SHAPES = {
         (Q, CACHE.half(), CACHE.half(), LENS, 1.0),
         "k_cache: expected (Float|torch.float32), got",
     ),
+    "cache last stride": (
+        "attention",
+        (Q, torch.ones(2, 2, 8, 32)[..., ::2], CACHE, LENS, 1.0),
+        "k_cache: expected a contiguous last dimension, got",
+    ),
+    "cache rows": (
+        "attention",
+        (Q, torch.ones(2, 2, 8, 17)[..., :16], CACHE, LENS, 1.0),
+        "k_cache: expected strides that are multiples of head_dim, got",
+    ),
     "cache strides": (
         "attention",
         (Q, CACHE.transpose(0, 1), CACHE, LENS, 1.0),
-        "k_cache: expected a contiguous tensor, got",
+        r"v_cache: expected the strides \(128, 256, 16, 1\) of k_cache, got",
     ),
     "batch": ("attention", (Q[:1], CACHE, CACHE, LENS, 1.0), "k_cache: expected "),
     "head size": ("attention", (Q[..., :15], CACHE, CACHE, LENS, 1.0), "k_cache: expected "),
