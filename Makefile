@@ -17,7 +17,7 @@ BUILD_STAMP := $(VENV)/.build-$(TORCH)
 TOOLS_STAMP := $(VENV)/.tools
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-fast lint format table docs bench gpu-check wheel clean
+.PHONY: help demo test test-fast lint format table docs bench bench-cpu gpu-check wheel clean
 
 help:
 	@echo "make demo        load the example checkpoint, generate text, print a table"
@@ -28,6 +28,7 @@ help:
 	@echo "make table       write the table of ops into README.md"
 	@echo "make docs        build the documentation into build/docs"
 	@echo "make bench       time the ops"
+	@echo "make bench-cpu   time Ferrum next to the engines of benchmarks/peers that are installed"
 	@echo "make gpu-check   build, test and measure on an NVIDIA GPU, with the torch of GPU_PYTHON (python3)"
 	@echo "make wheel       build dist/*.whl"
 	@echo "make clean       remove what the build made (make VENV=... keeps its environment elsewhere)"
@@ -63,6 +64,9 @@ bench: $(BUILD_STAMP)
 	@set -e; for file in benchmarks/ops/bench_*.py; do echo; echo "$$file"; \
 	  $(BIN)/python $$file; \
 	done
+
+bench-cpu: $(BUILD_STAMP)
+	$(BIN)/python -m benchmarks.cpu experts --save
 
 # Installs nothing: it wants a Python that has a torch with CUDA. Results go to GPU_OUT.
 GPU_PYTHON ?= python3

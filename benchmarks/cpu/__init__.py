@@ -1,0 +1,1 @@
+"""Ferrum next to other engines on a CPU: `python -m benchmarks.cpu --help`."""
