@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def("gather_columns(Tensor x, Tensor perm) -> Tensor");
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_tanh_mul(Tensor gate_up) -> Tensor");
+  m.def("gguf_dequantize(Tensor blocks, int type, ScalarType dtype) -> Tensor");
   m.def(
       "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
       "ScalarType dtype) -> Tensor");

@@ -15,6 +15,7 @@ from ferrum_ops.ops.elementwise import (
     transpose_head_to_token,
     transpose_token_to_head,
 )
+from ferrum_ops.ops.gguf import gguf_dequantize
 from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
@@ -54,6 +55,7 @@ __all__ = [
     "gather_columns",
     "gelu",
     "gelu_tanh_mul",
+    "gguf_dequantize",
     "gptq_dequantize",
     "gptq_gemm",
     "int4_linear",

@@ -243,6 +243,7 @@ fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps)
 gather_columns(Tensor x, Tensor perm) -> Tensor
 gelu(Tensor x) -> Tensor
 gelu_tanh_mul(Tensor gate_up) -> Tensor
+gguf_dequantize(Tensor blocks, int type, ScalarType dtype) -> Tensor
 gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
 gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, int zero_offset) -> Tensor
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor

@@ -1,0 +1,2 @@
+#define FERRUM_LEVEL_GENERIC
+#include "cpu/gguf_kernels.h"

@@ -1,0 +1,224 @@
+// Products with GGUF blocks, one decoded chunk of a weight row at a time: every level's kernels but for AVX512's int8.
+#pragma once
+
+#include "cpu/gguf.h"
+#include "cpu/gguf_decode.h"
+
+namespace ferrum::cpu::FERRUM_LEVEL {
+namespace {
+
+// A chunk's row of activations.
+struct ChunkRow {
+  const int8_t* codes;
+  const float* scales;
+  const int16_t* sums;
+};
+
+inline ChunkRow chunk_row(const GgufActivations& a, int64_t row, int64_t chunk, int64_t scales_per_chunk) {
+  const int64_t at = row * a.chunks + chunk;
+  return {a.codes + at * gguf::kChunk, a.scales + at * scales_per_chunk, a.sums + at * 16};
+}
+
+#if defined(FERRUM_LEVEL_AVX2)
+
+inline int32_t add_lanes(__m256i v) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+// Products of 32 unsigned and 32 signed bytes: the sums over the first and the last 16 in the halves of the result.
+// 16-bit sums of two products hold codes up to 129, and the wider ones are multiplied as 16 bits.
+inline __m256i dot_halves(const uint8_t* codes, const int8_t* x, bool wide) {
+  if (!wide) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)),
+                                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  const auto sixteen = [&](int at) {
+    const __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at)));
+    const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + at)));
+    const __m256i products = _mm256_madd_epi16(c, a);
+    return _mm_add_epi32(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
+  };
+  return _mm256_set_m128i(sixteen(16), sixteen(0));
+}
+
+inline int32_t scaled_dot(const Chunk& w, const int8_t* x, bool wide) {
+  __m256i total = _mm256_setzero_si256();
+  for (int j = 0; j < 8; ++j) {
+    const __m256i scales = _mm256_set_m128i(_mm_set1_epi32(w.scales[2 * j + 1]), _mm_set1_epi32(w.scales[2 * j]));
+    total = _mm256_add_epi32(total, _mm256_mullo_epi32(dot_halves(w.codes + 32 * j, x + 32 * j, wide), scales));
+  }
+  return add_lanes(total);
+}
+
+inline int32_t small_dot(const uint8_t* codes, const int8_t* x, bool wide) {
+  return add_lanes(dot_halves(codes, x, wide));
+}
+
+#else
+
+inline int32_t plain_dot(const uint8_t* codes, const int8_t* x, int count) {
+  int32_t dot = 0;
+  for (int i = 0; i < count; ++i) {
+    dot += static_cast<int32_t>(codes[i]) * x[i];
+  }
+  return dot;
+}
+
+inline int32_t scaled_dot(const Chunk& w, const int8_t* x, bool) {
+  int32_t total = 0;
+  for (int j = 0; j < 16; ++j) {
+    total += w.scales[j] * plain_dot(w.codes + 16 * j, x + 16 * j, 16);
+  }
+  return total;
+}
+
+inline int32_t small_dot(const uint8_t* codes, const int8_t* x, bool) { return plain_dot(codes, x, 32); }
+
+#endif
+
+inline float large_term(const gguf::Traits& traits, const Chunk& w, const ChunkRow& x) {
+  const int16_t* factors = traits.mins ? w.mins : w.scales;
+  int32_t sum = 0;
+  for (int j = 0; j < 16; ++j) {
+    sum += factors[j] * x.sums[j];
+  }
+  const int32_t dot = scaled_dot(w, x.codes, traits.zero > 63);
+  if (traits.mins) {
+    return static_cast<float>(dot) * (w.d[0] * x.scales[0]) - static_cast<float>(sum) * (w.m[0] * x.scales[0]);
+  }
+  return static_cast<float>(dot - traits.zero * sum) * (w.d[0] * x.scales[0]);
+}
+
+inline float small_term(const gguf::Traits& traits, const Chunk& w, const ChunkRow& x) {
+  float terms[8];
+  for (int j = 0; j < 8; ++j) {
+    const int32_t sum = x.sums[2 * j] + x.sums[2 * j + 1];
+    const int32_t dot = small_dot(w.codes + 32 * j, x.codes + 32 * j, traits.zero > 63) - traits.zero * sum;
+    terms[j] = static_cast<float>(dot) * (w.d[j] * x.scales[j]);
+    if (traits.mins) {
+      terms[j] = terms[j] - w.m[j] * (x.scales[j] * static_cast<float>(sum));
+    }
+  }
+  return ((terms[0] + terms[1]) + (terms[2] + terms[3])) + ((terms[4] + terms[5]) + (terms[6] + terms[7]));
+}
+
+inline float* out_of(const GgufProduct& p, int64_t column) {
+  return p.out + column / kGgufTile * p.tile_stride + column % kGgufTile;
+}
+
+inline const uint8_t* blocks_of(const GgufProduct& p, int64_t column) {
+  return p.weights.blocks + (p.first + column) * p.weights.row_bytes();
+}
+
+inline void int8_columns(const GgufProduct& p) {
+  const gguf::Traits& traits = *p.weights.traits;
+  const bool small = traits.elements == gguf::kSmallBlock;
+  const int64_t chunk_bytes = gguf::kChunk / traits.elements * traits.bytes;
+  Chunk chunk;
+  for (int64_t c = 0; c < p.columns; ++c) {
+    const uint8_t* blocks = blocks_of(p, c);
+    float* out = out_of(p, c);
+    for (int64_t k = 0; k < p.activations.chunks; ++k, blocks += chunk_bytes) {
+      decode_chunk(traits.type, blocks, p.weights.in_features - k * gguf::kChunk, chunk);
+      for (int64_t r = 0; r < p.rows; ++r) {
+        const ChunkRow x = chunk_row(p.activations, p.row_ids[r], k, small ? 8 : 1);
+        const float before = k == 0 ? 0.0f : out[r * kGgufPanel];
+        out[r * kGgufPanel] = before + (small ? small_term(traits, chunk, x) : large_term(traits, chunk, x));
+      }
+    }
+  }
+}
+
+// Rows by columns whose sums stay in registers.
+#if defined(FERRUM_LEVEL_AVX512)
+constexpr int kFullRows = 4, kFullColumns = 4;
+#elif defined(FERRUM_LEVEL_AVX2)
+constexpr int kFullRows = 2, kFullColumns = 2;
+#else
+constexpr int kFullRows = 1, kFullColumns = 2;
+#endif
+
+// sums[r][c] += one chunk of row r times column c, lane by lane.
+template <int R>
+inline void add_chunk(const float (*weights)[gguf::kChunk], const float* const* values, Vec (*sums)[kFullColumns]) {
+  Vec acc[R][kFullColumns];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < kFullColumns; ++c) {
+      acc[r][c] = sums[r][c];
+    }
+  }
+  for (int64_t k = 0; k < gguf::kChunk; k += kLanes) {
+    Vec w[kFullColumns];
+    for (int c = 0; c < kFullColumns; ++c) {
+      w[c] = load(weights[c] + k);
+    }
+    for (int r = 0; r < R; ++r) {
+      const Vec x = load(values[r] + k);
+      for (int c = 0; c < kFullColumns; ++c) {
+        acc[r][c] = fma(x, w[c], acc[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < kFullColumns; ++c) {
+      sums[r][c] = acc[r][c];
+    }
+  }
+}
+
+inline void full_columns(const GgufProduct& p) {
+  const gguf::Traits& traits = *p.weights.traits;
+  const int64_t chunk_bytes = gguf::kChunk / traits.elements * traits.bytes;
+  alignas(64) float weights[kFullColumns][gguf::kChunk];
+  Vec sums[kGgufRowBlock][kFullColumns];
+  const float* values[kGgufRowBlock];
+  Chunk chunk;
+  for (int64_t first = 0; first < p.columns; first += kFullColumns) {
+    const int64_t columns = smaller(kFullColumns, p.columns - first);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      for (int c = 0; c < kFullColumns; ++c) {
+        sums[r][c] = broadcast(0.0f);
+      }
+    }
+    for (int64_t k = 0; k < p.activations.chunks; ++k) {
+      for (int64_t c = 0; c < columns; ++c) {
+        decode_chunk(traits.type, blocks_of(p, first + c) + k * chunk_bytes, p.weights.in_features - k * gguf::kChunk,
+                     chunk);
+        weights_of(traits, chunk, weights[c]);
+      }
+      for (int64_t c = columns; c < kFullColumns; ++c) {
+        __builtin_memset(weights[c], 0, sizeof(weights[c]));
+      }
+      for (int64_t r = 0; r < p.rows; ++r) {
+        values[r] = p.activations.values + (p.row_ids[r] * p.activations.chunks + k) * gguf::kChunk;
+      }
+      int64_t r = 0;
+      for (; r + kFullRows <= p.rows; r += kFullRows) {
+        add_chunk<kFullRows>(weights, values + r, sums + r);
+      }
+      for (; r < p.rows; ++r) {
+        add_chunk<1>(weights, values + r, sums + r);
+      }
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < p.rows; ++r) {
+        out_of(p, first + c)[r * kGgufPanel] = reduce_add(sums[r][c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gguf_full_columns(const GgufProduct& product) { full_columns(product); }
+
+void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out) {
+  dequantize_chunks(traits, blocks, elements, out);
+}
+
+void gguf_int8_columns(const GgufProduct& product) { int8_columns(product); }
+
+}  // namespace ferrum::cpu::FERRUM_LEVEL

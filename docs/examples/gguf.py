@@ -1,0 +1,13 @@
+import torch
+
+import ferrum_ops
+from ferrum_ops.formats.gguf import GGMLType, random_blocks
+
+in_features, out_features = 512, 100
+
+# Rows as a file holds them: two blocks of 144 bytes. `gguf.GGUFReader` gives such tensors as memory-mapped arrays.
+blocks = random_blocks(GGMLType.Q4_K, out_features, in_features)
+print(tuple(blocks.shape), blocks.dtype)  # (100, 288) torch.uint8
+
+weight = ferrum_ops.gguf_dequantize(blocks, GGMLType.Q4_K, torch.float32)
+print(tuple(weight.shape))  # (100, 512)
