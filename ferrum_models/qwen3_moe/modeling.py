@@ -22,6 +22,8 @@ import ferrum_ops
 from ferrum_models.moe.profile import phase, profile
 from ferrum_models.moe.registry import check_implementation, run_experts
 from ferrum_models.moe.weights import DenseExpertWeights
+from ferrum_models.qwen3_moe import attention
+from ferrum_models.qwen3_moe.cache import let_grow
 from ferrum_models.report import LoadReport
 from ferrum_ops.config import RuntimeConfig
 
@@ -99,6 +101,7 @@ class Attention(hf.Qwen3MoeAttention):
         )
         query, key, value = (h.view(batch, length, -1, self.head_dim).transpose(1, 2) for h in heads)
         if past_key_values is not None:
+            let_grow(past_key_values)
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, hf.eager_attention_forward)
         output, weights = attend(
@@ -215,6 +218,8 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         check_implementation(moe_implementation)
         if config.hidden_act != "silu":
             raise ValueError(f"[Qwen3MoeForCausalLM] hidden_act: expected 'silu', got {config.hidden_act!r}")
+        if config._attn_implementation is None:
+            config._attn_implementation = attention.NAME
         super().__init__(config)
         self.model.layers = nn.ModuleList(
             DecoderLayer(config, i, moe_implementation) for i in range(config.num_hidden_layers)

@@ -1,0 +1,75 @@
+"""Keys and values in buffers that grow, so that a new token costs its own bytes and not a copy of all before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import ferrum_ops
+
+#: A full buffer is replaced by one half again as large, and at least this many tokens larger.
+LEAST_GROWTH = 256
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' DynamicLayer, whose `keys` and `values` are the filled part of buffers `[B, Hkv, capacity, D]`.
+
+    Whatever changes `keys` and `values` from outside (beam search, cropping, offloading) works as for the parent: what
+    is not the front of the buffers any more is copied into new ones at the next update.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held, new = self.get_seq_length(), key_states.shape[2]
+        if self._buffers is None or not self._fits(key_states, held + new):
+            self._grow(key_states, held + new)
+        keys, values = self._buffers  # type: ignore[misc]
+        lengths = torch.full((keys.shape[0],), held, dtype=torch.int32, device=keys.device)
+        ferrum_ops.kv_append_(keys, values, key_states.transpose(1, 2), value_states.transpose(1, 2), lengths)
+        self.keys, self.values = keys[:, :, : held + new], values[:, :, : held + new]
+        return self.keys, self.values
+
+    def _fits(self, states: torch.Tensor, length: int) -> bool:
+        """Whether what is held lies at the front of the buffers and `length` tokens have room in them."""
+        assert self._buffers is not None and self.keys is not None and self.values is not None
+        keys, values = self._buffers
+        in_place = (
+            self.keys.data_ptr() == keys.data_ptr()
+            and self.values.data_ptr() == values.data_ptr()
+            and (self.keys.numel() == 0 or self.keys.stride() == keys.stride())
+        )
+        return in_place and length <= keys.shape[2] and keys.shape[0] == states.shape[0]
+
+    def _grow(self, states: torch.Tensor, length: int) -> None:
+        held, (batch, heads, _, head_dim) = self.get_seq_length(), states.shape
+        capacity = length + max(length // 2, LEAST_GROWTH)
+        old = (self.keys, self.values)
+        self._buffers = tuple(states.new_empty(batch, heads, capacity, head_dim) for _ in old)
+        if held:
+            for buffer, tensor in zip(self._buffers, old):
+                buffer[:, :, :held] = tensor
+
+    def reset(self) -> None:
+        self._buffers = None
+        super().reset()
+
+
+def let_grow(cache: Cache) -> None:
+    """Give a DynamicCache that holds nothing yet layers of growing buffers; others stay as they are."""
+    if type(cache) is not DynamicCache or cache.offloading or torch.compiler.is_compiling():
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[i] = GrowingLayer()
