@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -38,24 +39,25 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 @cache
-def cuda_headers() -> tuple[Path, ...] | None:
-    """The folders that hold cuda_fp16.h and what it includes: NVIDIA's wheels, or a CUDA toolkit; None without either."""
+def cuda_headers() -> Path | None:
+    """The folder of cuda_fp16.h and what it includes, of NVIDIA's wheels or of a CUDA toolkit; None without either."""
     spec = importlib.util.find_spec("nvidia")
     wheels = [Path(p) / "cu13" / "include" for p in (spec.submodule_search_locations or [])] if spec else []
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    for folder in (*wheels, *(Path(home) / "include" for home in homes if home)):
-        if (folder / "cuda_fp16.h").exists() and (folder / "crt" / "host_defines.h").exists():
-            return (folder,)
-    return None
+    needed = ("cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target")
+    folders = (*wheels, *(Path(home) / "include" for home in homes if home))
+    return next((f for f in folders if all((f / name).exists() for name in needed)), None)
 
 
 def missing() -> str | None:
     """Why the emulator cannot be built here, or None."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "no C++ compiler"
+    if platform.system() != "Linux":
+        return "Linux only"
+    if shutil.which(_compiler()[-1]) is None:
+        return f"no {_compiler()[-1]}"
     if cuda_headers() is None:
-        return "no CUDA headers: pip install nvidia-cuda-runtime nvidia-cuda-crt, or set CUDA_HOME"
+        return "no CUDA headers: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl, or set CUDA_HOME"
     return None
 
 
@@ -76,10 +78,8 @@ def _compiler() -> list[str]:
 
 def _compile(source: Path, text: str, defines: Sequence[str]) -> Path:
     """The object file of `text`, which stands in for `source`."""
-    headers = cuda_headers()
-    assert headers is not None
     includes = [f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{source.parent}"]
-    includes += [f"-isystem{path}" for path in (*headers, *include_paths())]
+    includes += [f"-isystem{path}" for path in (cuda_headers(), *include_paths())]
     command = [*_compiler(), *FLAGS, *defines, *includes]
     key = hashlib.sha256("\0".join([*command, text, _headers_digest()]).encode()).hexdigest()[:16]
     result = BUILD / f"{source.stem}-{key}.o"
@@ -108,10 +108,10 @@ def _link(objects: Sequence[Path], name: str) -> Path:
 
 
 @contextmanager
-def _build_lock() -> Iterator[None]:
+def _build_lock(name: str) -> Iterator[None]:
     """One process builds what all of them load."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as file:
+    with open(BUILD / f"{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -129,14 +129,17 @@ class Emulated:
         texts = {path: path.read_text() for path in (*RUNTIME, *sources)} | (replace or {})
         defines = [STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
 
-        def compile_one(path: Path) -> Path:
-            return _compile(path, texts[path], [] if path in RUNTIME else defines)
+        def compile_all(paths: Sequence[Path], defines: Sequence[str]) -> list[Path]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(lambda path: _compile(path, texts[path], defines), paths))
 
-        with _build_lock(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            library = _link(list(pool.map(compile_one, texts)), namespace)
+        with _build_lock("runtime"):
+            objects = compile_all(RUNTIME, [])
+        with _build_lock(namespace):
+            library = _link([*objects, *compile_all(sources, defines)], namespace)
         self.namespace = namespace
         self._definitions = torch.library.Library(namespace, "DEF")
-        for name in sorted({name for text in texts.values() for name in registered_names(text)}):
+        for name in sorted({name for text in texts.values() for name in registered_names(text) - defined_names(text)}):
             packet, _, overload = name.partition(".")
             schema = getattr(getattr(torch.ops.ferrum, packet), overload or "default")._schema
             self._definitions.define(str(schema).removeprefix("ferrum::"))
@@ -174,9 +177,14 @@ class Emulated:
         return self.c.ferrum_emulation_collectives()
 
 
-def registered_names(source: str) -> list[str]:
+def registered_names(source: str) -> set[str]:
     """The ops that a source registers."""
-    return re.findall(r'\bm\.impl\("([\w.]+)"', source)
+    return set(re.findall(r'\bm\.impl\(\s*"([\w.]+)"', source))
+
+
+def defined_names(source: str) -> set[str]:
+    """The ops whose schemas a source brings itself, as the kernels of the tests do."""
+    return set(re.findall(r'\bm\.def\(\s*"([\w.]+)\(', source))
 
 
 def kernel_sources() -> list[Path]:

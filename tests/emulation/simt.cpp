@@ -160,17 +160,30 @@ void complete(Collective& c, Thread* members, unsigned count) {
   machine.idle_yields = 0;
 }
 
-void complete_block_collective() { complete(machine.block_collective, machine.threads.data(), machine.threads.size()); }
-
 Thread* first_lane(size_t warp) { return &machine.threads[warp * warp_size()]; }
 
 unsigned lanes_of(size_t warp) { return std::min<size_t>(warp_size(), machine.threads.size() - warp * warp_size()); }
+
+uint64_t all_lanes(unsigned count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 void complete_warp_collective(size_t warp, Collective& c) { complete(c, first_lane(warp), lanes_of(warp)); }
 
 std::string where(Site site) {
   const char* slash = std::strrchr(site.file, '/');
   return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+// A block's barrier waits for no thread that has exited, but is one instruction of a whole warp (`bar.sync.aligned`).
+void complete_block_collective() {
+  const Collective& c = machine.block_collective;
+  for (size_t warp = 0; warp < machine.warps.size(); ++warp) {
+    const unsigned lanes = lanes_of(warp);
+    if (machine.warps[warp].live != 0 && machine.warps[warp].live != all_lanes(lanes)) {
+      fail("diverged: warp " + std::to_string(warp) + " reached " + c.name + " (" + where(c.site) + ") with " +
+           std::to_string(lanes - __builtin_popcountll(machine.warps[warp].live)) + " of its lanes exited");
+    }
+  }
+  complete(machine.block_collective, machine.threads.data(), machine.threads.size());
 }
 
 void arrive(Collective& c, const char* name, Site site, void* operand, const void* function,
@@ -283,7 +296,7 @@ std::string fault_report() {
   if (address >= machine.stacks && address < machine.stacks + machine.stack_count * kStackBytes) {
     return "stack overflow: a thread's locals need more than " + std::to_string(kStackBytes - kPage) + " bytes";
   }
-  const auto* shared = reinterpret_cast<const char*>(dynamic_shared());
+  const auto* shared = static_cast<const char*>(dynamic_shared());
   const auto* shared_end = reinterpret_cast<const char*>(machine.shared_pages) + machine.shared_pages_bytes;
   if (address >= reinterpret_cast<const char*>(machine.shared_pages) - kPage && address < shared_end + kPage) {
     return std::string(what) + ": byte " + std::to_string(address - shared) + " of " +
@@ -352,7 +365,7 @@ class FaultTrap {
 
 void reset_block() {
   const Launch& launch = *machine.launch;
-  const unsigned count = machine.live = machine.threads.size();
+  machine.live = machine.threads.size();
   machine.block_collective = {};
   machine.idle_yields = 0;
   for (Thread& thread : machine.threads) {
@@ -363,8 +376,7 @@ void reset_block() {
     prepare(thread);
   }
   for (size_t w = 0; w < machine.warps.size(); ++w) {
-    const unsigned lanes = std::min(launch.warp_size, count - static_cast<unsigned>(w) * launch.warp_size);
-    machine.warps[w].live = lanes == 64 ? ~uint64_t{0} : (uint64_t{1} << lanes) - 1;
+    machine.warps[w].live = all_lanes(lanes_of(w));
     machine.warps[w].pending.assign(launch.warp_size, {});
   }
   std::memset(machine.shared_pages, 0xff, machine.shared_pages_bytes);
@@ -527,7 +539,7 @@ const Launch& this_launch() { return *machine.launch; }
 Schedule schedule() { return machine.schedule; }
 bool coin() { return (machine.random() & 1) != 0; }
 
-unsigned char* dynamic_shared() {
+void* dynamic_shared() {
   const size_t aligned = (machine.launch->shared_bytes + 15) / 16 * 16;
   return machine.shared_pages + machine.shared_pages_bytes - aligned;
 }
@@ -641,8 +653,8 @@ __attribute__((visibility("default"))) uint64_t ferrum_emulation_collectives() {
   return ferrum::emulation::machine.collectives;
 }
 
-// The compiler's checks (-fsanitize=alignment,bounds,shift-exponent) without the sanitizer's runtime library.
-// The structures are its stable interface: compiler-rt/lib/ubsan/ubsan_handlers.h.
+// The compiler's checks (-fsanitize=alignment,bounds,shift-exponent) without the sanitizer's runtime
+// library. The structures are its stable interface: compiler-rt/lib/ubsan/ubsan_handlers.h.
 struct SanitizerSite {
   const char* file;
   uint32_t line, column;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "ptx_emulation.h"
 #include "simt.h"
 
 #undef __global__
@@ -339,12 +340,7 @@ inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>(static_cast<unsigned long long>(x) * y >> 32);
 }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-  }
-  return result;
+  return ferrum::emulation::prmt(x, y, selector & 0x7777u);
 }
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) {

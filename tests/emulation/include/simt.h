@@ -73,7 +73,7 @@ Thread& this_thread();
 unsigned this_lane();
 const Index& this_block();
 const Launch& this_launch();
-unsigned char* dynamic_shared();
+void* dynamic_shared();
 bool is_shared(const void* address);
 Schedule schedule();
 bool coin();  // from the schedule's seed
