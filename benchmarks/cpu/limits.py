@@ -24,6 +24,10 @@ class Limits:
     read: float  # bytes per second from memory
     int8: float  # 8-bit multiplications and additions per second; 0: no such instruction, or no compiler
 
+    def or_better(self, other: Limits) -> Limits:
+        """The higher of two measurements: a disturbance only ever lowers one."""
+        return Limits(self.threads, max(self.read, other.read), max(self.int8, other.int8))
+
     def floor(self, num_bytes: float, operations: float) -> float:
         """Seconds that reading the bytes or multiplying takes at least, whichever is longer."""
         return max(num_bytes / self.read, operations / self.int8 if self.int8 else 0.0)

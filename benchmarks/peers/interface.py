@@ -22,7 +22,7 @@ CHECKED_ROWS = 3
 Call = Callable[[], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int4Matrix:
     """Symmetric int4 `[N, K]`: `weight[n, k] = (codes[n, k] - 8) * scales[n, k // group_size]`."""
 

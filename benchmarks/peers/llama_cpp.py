@@ -6,12 +6,20 @@ kernels for that.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
+import numpy as np
 import torch
 
 from benchmarks.peers import ggml
 from benchmarks.peers.interface import Call, Int4Matrix, MoeWeights
+
+
+@functools.lru_cache(maxsize=64)
+def quantized(matrix: Int4Matrix, kind: int) -> np.ndarray:
+    """Kept for the next layer of the same weights: the K-quants search for their scales."""
+    return ggml.quantize(matrix.dense(torch.float32), kind)
 
 
 class GgmlMoeBlock:
@@ -19,10 +27,7 @@ class GgmlMoeBlock:
 
     def __init__(self, weights: MoeWeights, kind: int, repack: bool) -> None:
         self.shape, self.kind = weights.shape, kind
-        self.packed = {
-            name: [ggml.quantize(m.dense(torch.float32), kind) for m in getattr(weights, name)]
-            for name in ("gate", "up", "down")
-        }
+        self.packed = {name: [quantized(m, kind) for m in getattr(weights, name)] for name in ("gate", "up", "down")}
         self.expert_nbytes = sum(arrays[0].nbytes for arrays in self.packed.values())
         inputs = {"gate": self.shape.hidden, "up": self.shape.hidden, "down": self.shape.width}
         arrays = [
@@ -75,7 +80,7 @@ class GgmlLinear:
     def __init__(self, matrix: Int4Matrix, kind: int, repack: bool) -> None:
         self.kind = kind
         self.out_features, self.in_features = matrix.codes.shape
-        self.packed = ggml.quantize(matrix.dense(torch.float32), kind)
+        self.packed = quantized(matrix, kind)
         self.nbytes = self.packed.nbytes
         self.context, (self.tensor,) = ggml.weights([(self.packed, kind, self.in_features)], repack)
         self.graphs: dict[int, tuple[ggml.Graph, int]] = {}
