@@ -60,8 +60,8 @@ class GrowingLayer(DynamicLayer):
                 buffer[:, :, :held] = tensor
 
     def reset(self) -> None:
-        self._buffers = None
-        super().reset()
+        self._buffers = self.keys = self.values = None
+        self.is_initialized = False
 
 
 def let_grow(cache: Cache) -> None:
