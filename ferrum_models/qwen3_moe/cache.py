@@ -21,6 +21,8 @@ class GrowingLayer(DynamicLayer):
     is not the front of the buffers any more is copied into new ones at the next update.
     """
 
+    is_initialized: bool
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
