@@ -30,18 +30,25 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the parent's: `[B, Hkv, n, D]` appended, all of `[B, Hkv, kv, D]` returned."""
+        lengths = torch.full((key_states.shape[0],), self.get_seq_length(), dtype=torch.int32, device=key_states.device)
+        return self.append(key_states.transpose(1, 2), value_states.transpose(1, 2), lengths)
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` of token-major `[B, n, Hkv, D]`; lengths int32 `[B]`, each what the layer holds."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held, new = self.get_seq_length(), key_states.shape[2]
-        if self._buffers is None or not self._fits(key_states, held + new):
-            self._grow(key_states, held + new)
+            self.lazy_initialization(key, value)
+        length = self.get_seq_length() + key.shape[1]
+        if self._buffers is None or not self._fits(key.shape[0], length):
+            self._grow(key, length)
         keys, values = self._buffers  # type: ignore[misc]
-        lengths = torch.full((keys.shape[0],), held, dtype=torch.int32, device=keys.device)
-        ferrum_ops.kv_append_(keys, values, key_states.transpose(1, 2), value_states.transpose(1, 2), lengths)
-        self.keys, self.values = keys[:, :, : held + new], values[:, :, : held + new]
+        ferrum_ops.kv_append_(keys, values, key, value, lengths)
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
         return self.keys, self.values
 
-    def _fits(self, states: torch.Tensor, length: int) -> bool:
+    def _fits(self, batch: int, length: int) -> bool:
         """Whether what is held lies at the front of the buffers and `length` tokens have room in them."""
         assert self._buffers is not None and self.keys is not None and self.values is not None
         keys, values = self._buffers
@@ -50,13 +57,13 @@ class GrowingLayer(DynamicLayer):
             and self.values.data_ptr() == values.data_ptr()
             and (self.keys.numel() == 0 or self.keys.stride() == keys.stride())
         )
-        return in_place and length <= keys.shape[2] and keys.shape[0] == states.shape[0]
+        return in_place and length <= keys.shape[2] and keys.shape[0] == batch
 
-    def _grow(self, states: torch.Tensor, length: int) -> None:
-        held, (batch, heads, _, head_dim) = self.get_seq_length(), states.shape
+    def _grow(self, like: torch.Tensor, length: int) -> None:
+        held, (batch, _, heads, head_dim) = self.get_seq_length(), like.shape
         capacity = length + max(length // 2, LEAST_GROWTH)
         old = (self.keys, self.values)
-        self._buffers = tuple(states.new_empty(batch, heads, capacity, head_dim) for _ in old)
+        self._buffers = tuple(like.new_empty(batch, heads, capacity, head_dim) for _ in old)
         if held:
             for buffer, tensor in zip(self._buffers, old):
                 buffer[:, :, :held] = tensor

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, Qwen3MoeConfig
 from transformers import Qwen3MoeForCausalLM as HfQwen3MoeForCausalLM
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
@@ -22,7 +23,7 @@ import ferrum_ops
 from ferrum_models.moe.profile import phase, profile
 from ferrum_models.moe.registry import check_implementation, run_experts
 from ferrum_models.moe.weights import DenseExpertWeights
-from ferrum_models.qwen3_moe import attention
+from ferrum_models.qwen3_moe import attention, direct
 from ferrum_models.qwen3_moe.cache import let_grow
 from ferrum_models.report import LoadReport
 from ferrum_ops.config import RuntimeConfig
@@ -270,6 +271,32 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             runtime_config=RuntimeConfig() if runtime_config is None else runtime_config,
             **kwargs,
         )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As in transformers. Where only logits and cache are asked for, the ops are called directly (direct.py)."""
+        arguments = {
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "output_router_logits": output_router_logits,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
+        if direct.applies(self, input_ids, attention_mask, position_ids, past_key_values, arguments):
+            return direct.forward(self, input_ids, position_ids, past_key_values, use_cache, logits_to_keep)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `runtime_config.moe_profile` prints where the MoE blocks' time went to stderr."""

@@ -1,0 +1,184 @@
+"""The forward pass without the modules' call machinery: what `generate` runs token by token.
+
+transformers' forward passes through a dozen Python layers per decoder layer (hooks, output capture, mask and cache
+dispatch); at one token that costs as much as small layers compute. This is the same sequence of ops, called directly,
+with the same bits as a result. `applies` says when it may stand in: whoever hooks into modules, asks for hidden states
+or attentions, pads a batch, compiles or uses another cache or attention gets transformers' own path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+import ferrum_ops
+from ferrum_models.moe.profile import phase
+from ferrum_models.moe.registry import run_experts
+from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
+from ferrum_models.qwen3_moe.cache import GrowingLayer, let_grow
+
+if TYPE_CHECKING:
+    from ferrum_models.qwen3_moe.modeling import Attention, DecoderLayer, Qwen3MoeForCausalLM
+
+#: Arguments of forward whose truth asks for something that only transformers' path gives.
+REQUESTS = ("labels", "inputs_embeds", "output_router_logits", "output_attentions", "output_hidden_states")
+
+
+def applies(
+    model: Qwen3MoeForCausalLM,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    arguments: dict[str, Any],
+) -> bool:
+    """Whether `forward` computes what transformers' forward would with these arguments."""
+    config = model.config
+    if torch.compiler.is_compiling() or input_ids is None or input_ids.dim() != 2 or input_ids.numel() == 0:
+        return False
+    if any(arguments.get(name) is not None and arguments[name] is not False for name in REQUESTS):
+        return False
+    if not set(arguments) <= {*REQUESTS, "use_cache", "logits_to_keep", "return_dict"}:
+        return False
+    if config.output_router_logits or config.output_attentions or config.output_hidden_states:
+        return False
+    if (
+        config._attn_implementation != NAME
+        or config.sliding_window is not None
+        or arguments.get("return_dict") is False
+    ):
+        return False
+    if (
+        model.device.type not in KERNEL_DEVICES
+        or input_ids.device != model.device
+        or is_spread(model)
+        or is_hooked(model)
+    ):
+        return False
+    if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
+        return False
+    held = 0 if cache is None else cache.get_seq_length()
+    if attention_mask is None:
+        # Without a mask and a cache, positions that start again mean several sequences packed into one.
+        return position_ids is None or cache is not None or makes_cache(model, arguments.get("use_cache"))
+    length = held + input_ids.shape[1]
+    return attention_mask.dim() == 2 and attention_mask.shape[1] == length and bool(attention_mask.all())
+
+
+def makes_cache(model: Qwen3MoeForCausalLM, use_cache: bool | None) -> bool:
+    """Whether a forward pass without a cache starts one."""
+    return bool(model.config.use_cache if use_cache is None else use_cache)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate moves tensors between devices during the forward pass."""
+    return len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1
+
+
+def is_hooked(model: Qwen3MoeForCausalLM) -> bool:
+    """Whether somebody watches the modules that are passed by here.
+
+    transformers' own hooks, which stay once hidden states were asked for, collect nothing unless they are asked again.
+    """
+    layers = model.model.layers
+    known = model.__dict__.get("_hooks")
+    if known is None or known[0] is not layers:
+        hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        known = model.__dict__["_hooks"] = (layers, hooks)
+    return any(
+        not hook.__module__.startswith("transformers.") for hooks in known[1] if hooks for hook in hooks.values()
+    )
+
+
+def forward(
+    model: Qwen3MoeForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    use_cache: bool | None,
+    logits_to_keep: int | torch.Tensor,
+) -> MoeCausalLMOutputWithPast:
+    if cache is None and makes_cache(model, use_cache):
+        cache = DynamicCache(config=model.config)
+    inner = model.model
+    batch, tokens = input_ids.shape
+    hidden = inner.embed_tokens(input_ids)
+    held = 0
+    if cache is not None:
+        let_grow(cache)
+        held = cache.get_seq_length()
+    if position_ids is None:
+        position_ids = torch.arange(held, held + tokens, device=hidden.device).unsqueeze(0)
+    rotary = inner.rotary_emb.forward(hidden, position_ids)
+    lengths = torch.full((2, batch), held, dtype=torch.int32, device=hidden.device)
+    lengths[1] += tokens
+    hidden = hidden.flatten(0, 1)
+    for i, layer in enumerate(inner.layers):
+        hidden = decoder_layer(layer, hidden, rotary, cache, i, lengths)
+    hidden = inner.norm.forward(hidden).view(batch, tokens, -1)
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = model.lm_head(hidden if isinstance(kept, slice) and kept.start == 0 else hidden[:, kept, :])
+    return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+def decoder_layer(
+    layer: DecoderLayer,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache | None,
+    index: int,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """`[T, H]` -> `[T, H]`. lengths `[2, B]`: tokens of each sequence in the cache before and after this call."""
+    parts: dict[str, Any] = layer._modules
+    attended = attention(parts["self_attn"], parts["input_layernorm"].forward(hidden), rotary, cache, index, lengths)
+    norm = parts["post_attention_layernorm"]
+    normed, residual = ferrum_ops.fused_add_rms_norm(attended, hidden, norm.weight, norm.variance_epsilon)
+    mlp = parts["mlp"]
+    if "experts" not in mlp._modules:
+        return residual + mlp.forward(normed)
+    gate, experts = mlp._modules["gate"], mlp._modules["experts"]
+    with phase("route"):
+        logits = F.linear(normed, gate.weight)
+        topk_ids, topk_weights = ferrum_ops.route_topk_softmax(logits, gate.top_k, gate.norm_topk_prob)
+    return residual + run_experts(mlp.implementation, normed, topk_ids, topk_weights, experts.weights)
+
+
+def attention(
+    module: Any,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache | None,
+    index: int,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """`[T, H]` -> `[T, H]`, the keys and values appended to the cache."""
+    this: Attention = module
+    parts: dict[str, Any] = this._modules
+    q_norm = parts["q_norm"]
+    heads = ferrum_ops.split_qkv_norm_rope(
+        parts["qkv_proj"](hidden),
+        q_norm.weight,
+        parts["k_norm"].weight,
+        *rotary,
+        None,
+        this.num_heads,
+        this.num_kv_heads,
+        this.head_dim,
+        q_norm.variance_epsilon,
+    )
+    batch = lengths.shape[1]
+    query, key, value = (h.view(batch, -1, *h.shape[1:]) for h in heads)
+    if cache is None:
+        keys, values = key.transpose(1, 2), value.transpose(1, 2)
+    elif index < len(cache.layers) and isinstance(cache.layers[index], GrowingLayer):
+        keys, values = cache.layers[index].append(key, value, lengths[0])
+    else:
+        keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
+    out = ferrum_ops.attention(query, keys, values, lengths[1], this.scaling)
+    return parts["o_proj"](out.view(hidden.shape[0], -1))

@@ -1,0 +1,110 @@
+"""The direct forward pass: the bits of transformers' path, and that path whenever more is asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from ferrum_models import Qwen3MoeForCausalLM
+from ferrum_models.qwen3_moe import direct
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request):
+    return Qwen3MoeForCausalLM.from_pretrained(EXAMPLE, dtype=request.param)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many forward passes went the direct way."""
+    calls = []
+    own = direct.forward
+    monkeypatch.setattr(direct, "forward", lambda *args: calls.append(1) or own(*args))
+    return calls
+
+
+def ids(batch, length):
+    return torch.randint(1, 2000, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def by_modules(model, *args, **kwargs):
+    """transformers' path: a hook anywhere asks for it."""
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    try:
+        return model(*args, **kwargs)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("implementation", ["fused", "bucketed", "per_pair"])
+def test_the_same_bits(model, taken, implementation):
+    model.set_moe_implementation(implementation)
+    caches = DynamicCache(), DynamicCache()
+    for part in ids(2, 12).split((7, 1, 3, 1), 1):
+        got = model(part, past_key_values=caches[0])
+        expected = by_modules(model, part, past_key_values=caches[1])
+        assert torch.equal(got.logits, expected.logits)
+    assert len(taken) == 4
+    for own, other in zip(caches[0].layers, caches[1].layers):
+        assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
+    model.set_moe_implementation("fused")
+
+
+def test_without_a_cache(model, taken):
+    out = model(ids(2, 9), use_cache=False)
+    assert out.past_key_values is None and taken
+    assert torch.equal(out.logits, by_modules(model, ids(2, 9), use_cache=False).logits)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, torch.tensor([0, 4])], ids=str)
+def test_logits_to_keep(model, taken, keep):
+    out = model(ids(2, 9), logits_to_keep=keep)
+    assert taken and torch.equal(out.logits, by_modules(model, ids(2, 9), logits_to_keep=keep).logits)
+
+
+def test_generate_takes_it_for_every_token(model, taken):
+    model.generate(ids(1, 5), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert len(taken) == 6
+
+
+def test_positions_are_honoured(model, taken):
+    positions = torch.arange(9)[None] + 30
+    mask = torch.ones(1, 9, dtype=torch.long)
+    got = model(ids(1, 9), attention_mask=mask, position_ids=positions)
+    expected = by_modules(model, ids(1, 9), attention_mask=mask, position_ids=positions)
+    assert taken and torch.equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_hidden_states": True},
+        {"output_router_logits": True},
+        {"labels": ids(2, 9)},
+        {"attention_mask": torch.ones(2, 9).tril(6)},
+        {"position_ids": torch.arange(9)[None] % 5, "use_cache": False},  # packed sequences
+        {"return_dict": False},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_other_wishes_go_to_transformers(model, taken, arguments):
+    model(ids(2, 9), **arguments)
+    assert not taken
+
+
+def test_other_caches_go_to_transformers(model, taken):
+    model(ids(1, 9), past_key_values=StaticCache(config=model.config, max_cache_len=16))
+    assert not taken
+
+
+def test_hooks_are_called(model, taken):
+    seen = []
+    handle = model.model.layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    model(ids(1, 4))
+    handle.remove()
+    assert seen and not taken
+    model(ids(1, 4))
+    assert taken
