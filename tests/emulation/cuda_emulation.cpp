@@ -45,8 +45,8 @@ void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std:
        {grid.x, grid.y, grid.z},
        {block.x, block.y, block.z},
        shared_bytes,
-       32,
        kSharedLimit,
+       32,
        region.begin,
        region.bytes,
        std::move(kernel)});

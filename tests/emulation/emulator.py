@@ -28,11 +28,14 @@ BUILD = ROOT / "build" / "emulation"
 SCHEDULES = ("forward", "reverse", "random")
 RUNTIME = sorted(HERE.glob("*.cpp"))
 #: Objects of all libraries of a process are named apart by `-Bsymbolic`, and `-fno-gnu-unique` keeps their static and
-#: thread-local variables apart. The sanitizer's findings are reported by simt.cpp.
+#: thread-local variables apart. The sanitizer's findings are reported by sanitizer.cpp.
 FLAGS = [
     *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-w"),
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique"),
-    *("-fsanitize=alignment,bounds,shift-exponent", "-fno-sanitize-recover=all"),
+    *(
+        "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero,float-cast-overflow",
+        "-fno-sanitize-recover=all",
+    ),
 ]
 #: Of kernels; guard.cpp uses what lies beyond the stable ABI.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"

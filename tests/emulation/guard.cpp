@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <string>
 
 #include "simt.h"
@@ -25,9 +26,11 @@ struct Region {
 
 const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 std::map<const void*, Region> regions;  // by `begin`
+std::mutex regions_lock;
 Placement placement = Placement::off;
 
 void release(void* begin) {
+  const std::lock_guard<std::mutex> lock(regions_lock);
   const auto found = regions.find(begin);
   const Region region = found->second;
   regions.erase(found);
@@ -52,6 +55,7 @@ class GuardedAllocator final : public c10::Allocator {
     r.begin = placement == Placement::begin_at_guard ? r.pages
                                                      : r.pages_end - (size + kAlignment - 1) / kAlignment * kAlignment;
     r.end = r.begin + size;
+    const std::lock_guard<std::mutex> lock(regions_lock);
     regions[r.begin] = r;
     return {r.begin, r.begin, &release, cpu};
   }
@@ -74,7 +78,7 @@ const unsigned char* first_changed(const unsigned char* begin, const unsigned ch
 
 }  // namespace
 
-std::string describe_address(const void* address) {
+std::string describe_tensor_at(const void* address) {
   for (const auto& [begin, region] : regions) {
     if (address >= region.pages - kPage && address < region.pages_end + kPage) {
       return place_in(region, address);

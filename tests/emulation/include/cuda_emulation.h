@@ -29,7 +29,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-#define threadIdx (::ferrum::emulation::this_thread().index)
+#define threadIdx (::ferrum::emulation::this_thread())
 #define blockIdx (::ferrum::emulation::this_block())
 #define blockDim (::ferrum::emulation::this_launch().block)
 #define gridDim (::ferrum::emulation::this_launch().grid)
@@ -46,21 +46,16 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   run_cuda(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
-inline unsigned thread_count() {
-  const Index& block = this_launch().block;
-  return block.x * block.y * block.z;
-}
-
 inline int count_true(int predicate, const char* name, Site site) {
   struct Operand {
     int in, out;
   } operand{predicate, 0};
   block_collective(name, site, operand, [](Operand* const* threads) {
     int count = 0;
-    for (unsigned i = 0; i < thread_count(); ++i) {
+    for (unsigned i = 0; i < threads_in_block(); ++i) {
       count += threads[i] != nullptr && threads[i]->in != 0;
     }
-    for (unsigned i = 0; i < thread_count(); ++i) {
+    for (unsigned i = 0; i < threads_in_block(); ++i) {
       if (threads[i] != nullptr) {
         threads[i]->out = count;
       }
@@ -125,11 +120,6 @@ To bits_of(const From& from) {
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
-}
-
-template <class T>
-const T& dereference(const T* pointer) {
-  return *pointer;
 }
 
 }  // namespace ferrum::emulation
