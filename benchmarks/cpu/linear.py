@@ -62,9 +62,11 @@ def main(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for in_features, out_features in SHAPES:
         contenders = prepare(arguments.peers or list(PEERS), in_features, out_features)
-        new = [row for m in arguments.tokens or TOKENS for row in measure(contenders, m, arguments.budget)]
+        new: list[dict[str, Any]] = []
+        for tokens in arguments.tokens or TOKENS:
+            new += measure(contenders, tokens, arguments.budget)
+            hold_against(rows + new, measure_limits(torch.get_num_threads()))
         rows += new
-        hold_against(rows, measure_limits(torch.get_num_threads()))
         print(f"K={in_features} N={out_features}", report.table(new, "tokens"), "", sep="\n", flush=True)
     print(*verdicts(rows), sep="\n")
     if arguments.save:

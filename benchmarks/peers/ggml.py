@@ -73,7 +73,8 @@ def library() -> ctypes.CDLL:
     import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"
-    parts = [ctypes.CDLL(str(folder / f"lib{name}.so")) for name in ("ggml-base", "ggml-cpu", "ggml")]
+    # By the names they know each other by: under another the loader would take them for other libraries.
+    parts = [ctypes.CDLL(str(folder / f"lib{name}.so.0")) for name in ("ggml-base", "ggml-cpu", "ggml")]
     for name, (result, arguments) in _SIGNATURES.items():
         function = next(getattr(part, name) for part in parts if hasattr(part, name))
         function.restype, function.argtypes = result, arguments
