@@ -66,7 +66,7 @@ bench: $(BUILD_STAMP)
 	done
 
 bench-cpu: $(BUILD_STAMP)
-	for section in experts linear model scaling figure; do $(BIN)/python -m benchmarks.cpu $$section --save || exit 1; done
+	for section in experts linear model scaling summary; do $(BIN)/python -m benchmarks.cpu $$section --save || exit 1; done
 
 # Installs nothing: it wants a Python that has a torch with CUDA. Results go to GPU_OUT.
 GPU_PYTHON ?= python3

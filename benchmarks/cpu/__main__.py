@@ -4,12 +4,12 @@
     python -m benchmarks.cpu linear [--tokens ...] [--save]
     python -m benchmarks.cpu model [--workloads "decode 1" "prompt 512"] [--save]
     python -m benchmarks.cpu scaling [--kinds threads experts top_k zipf] [--save]
-    python -m benchmarks.cpu figure
+    python -m benchmarks.cpu summary
 
 Every contender's result is checked against float64 on its own weights before it is timed. Peers that are not
 installed are left out by name (benchmarks/peers/requirements.txt). Results go to benchmarks/results/cpu_peers_*.json
-with --save, replacing earlier ones at the same sizes; `figure` draws them. Nothing else should run meanwhile: the
-tables say which share of the processor went to other processes.
+with --save, replacing earlier ones at the same sizes; `summary` makes a page and a figure of them. Nothing else should
+run meanwhile: the tables say which share of the processor went to other processes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import experts, figure, linear, model, scaling
+from benchmarks.cpu import experts, linear, model, scaling, summary
 
 SECTIONS = {
     "experts": experts.main,
     "linear": linear.main,
     "model": model.main,
     "scaling": scaling.main,
-    "figure": figure.main,
+    "summary": summary.main,
 }
 
 

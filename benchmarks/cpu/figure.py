@@ -1,11 +1,13 @@
-"""Draws the saved expert and linear results: time against the number of rows, with the machine's floors."""
+"""Time against the number of rows, with the machine's floors."""
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import report
+
+COLUMNS = 2
 
 
 def draw(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
@@ -27,25 +29,23 @@ def draw(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
     axes.grid(True, which="major", alpha=0.3)
 
 
-def main(arguments: argparse.Namespace) -> None:
+def draw_all(experts: list[dict[str, Any]], linear: list[dict[str, Any]]) -> Path:
+    """Write the figure: a panel for the experts and one for every linear layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    experts = report.load("experts")["rows"]
-    panels = {"routed experts, Qwen3-30B-A3B layer": experts}
-    for row in report.load("linear")["rows"]:
+    panels = {"routed experts of a Qwen3-30B-A3B layer": experts} if experts else {}
+    for row in linear:
         panels.setdefault(f"linear K={row['in_features']} N={row['out_features']}", []).append(row)
-    columns = 2
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(12, 4.5 * lines), layout="constrained")
+    lines = -(-len(panels) // COLUMNS)
+    figure, axes = pyplot.subplots(lines, COLUMNS, figsize=(12, 4.5 * lines), layout="constrained", squeeze=False)
     for ax, (title, rows) in zip(axes.flat, panels.items()):
         draw(ax, rows, title)
-    axes.flat[0].legend(fontsize="small")
-    axes.flat[1].legend(fontsize="small")
+        ax.legend(fontsize="small")
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     path = report.RESULTS / "cpu_peers.png"
     figure.savefig(path, dpi=110)
-    print(path)
+    return path

@@ -111,8 +111,9 @@ def missed(label: str, own: dict[str, Any], peers: list[dict[str, Any]], goal: f
     ratio = best["us"] / own["us"]
     if ratio >= goal:
         return []
-    within = f"{best['us'] / goal:.0f} us; floor {own['floor_us']:.0f} us"
-    return [f"{label}: {ratio:.2f}x {best['peer']}, goal {goal}x ({within})"]
+    wanted = best["us"] / goal
+    reach = "below the floor of" if wanted < own["floor_us"] else "floor"
+    return [f"{label}: {ratio:.2f}x {best['peer']}, goal {goal}x ({wanted:.0f} us, {reach} {own['floor_us']:.0f} us)"]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
