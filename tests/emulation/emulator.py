@@ -32,6 +32,7 @@ RUNTIME = sorted(HERE.glob("*.cpp"))
 FLAGS = [
     *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-w"),
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique"),
+    "-fstack-clash-protection",  # large locals, too, meet the guard page of a stack
     *(
         "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero,float-cast-overflow",
         "-fno-sanitize-recover=all",
@@ -126,18 +127,25 @@ class Emulated:
         sources: `.cu` files.
         namespace: of `torch.ops`, where the ops they register appear.
         replace: text of a source instead of the file's own.
+        flags: for the compiler, beside the usual ones.
     """
 
-    def __init__(self, sources: Sequence[Path], namespace: str, replace: dict[Path, str] | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Path],
+        namespace: str,
+        replace: dict[Path, str] | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
         texts = {path: path.read_text() for path in (*RUNTIME, *sources)} | (replace or {})
-        defines = [STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
+        defines = [*flags, STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
 
         def compile_all(paths: Sequence[Path], defines: Sequence[str]) -> list[Path]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(pool.map(lambda path: _compile(path, texts[path], defines), paths))
 
         with _build_lock("runtime"):
-            objects = compile_all(RUNTIME, [])
+            objects = compile_all(RUNTIME, flags)
         with _build_lock(namespace):
             library = _link([*objects, *compile_all(sources, defines)], namespace)
         self.namespace = namespace

@@ -18,6 +18,8 @@ enum class Placement { off, end_at_guard, begin_at_guard };
 
 constexpr size_t kAlignment = 16;  // of a tensor, as the widest vector load needs; what it pads is checked afterwards
 constexpr unsigned char kPoison = 0xff;  // a NaN in every floating type, -1 as an integer
+constexpr size_t kGuardBytes =
+    1 << 20;  // on each side: an index that is off by a row or two must not reach other memory
 
 struct Region {
   unsigned char *begin, *end;  // of the tensor
@@ -34,7 +36,7 @@ void release(void* begin) {
   const auto found = regions.find(begin);
   const Region region = found->second;
   regions.erase(found);
-  munmap(region.pages - kPage, region.pages_end - region.pages + 2 * kPage);
+  munmap(region.pages - kGuardBytes, region.pages_end - region.pages + 2 * kGuardBytes);
 }
 
 class GuardedAllocator final : public c10::Allocator {
@@ -45,10 +47,11 @@ class GuardedAllocator final : public c10::Allocator {
       return {nullptr, nullptr, &release, cpu};
     }
     const size_t bytes = (size + kPage - 1) / kPage * kPage;
-    void* mapped = mmap(nullptr, bytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapped =
+        mmap(nullptr, bytes + 2 * kGuardBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(mapped != MAP_FAILED, "no memory for a guarded tensor of ", size, " bytes");
     Region r{};
-    r.pages = static_cast<unsigned char*>(mapped) + kPage;
+    r.pages = static_cast<unsigned char*>(mapped) + kGuardBytes;
     r.pages_end = r.pages + bytes;
     mprotect(r.pages, bytes, PROT_READ | PROT_WRITE);
     std::memset(r.pages, kPoison, bytes);
@@ -69,18 +72,22 @@ std::string place_in(const Region& region, const void* address) {
          " bytes";
 }
 
-const unsigned char* first_changed(const unsigned char* begin, const unsigned char* end) {
-  while (begin < end && *begin == kPoison) {
-    ++begin;
+// The first changed byte of the padding, or null. Restores it, so that it is reported once.
+const unsigned char* find_overrun(unsigned char* begin, unsigned char* end) {
+  for (unsigned char* at = begin; at < end; ++at) {
+    if (*at != kPoison) {
+      std::memset(begin, kPoison, end - begin);
+      return at;
+    }
   }
-  return begin;
+  return nullptr;
 }
 
 }  // namespace
 
 std::string describe_tensor_at(const void* address) {
   for (const auto& [begin, region] : regions) {
-    if (address >= region.pages - kPage && address < region.pages_end + kPage) {
+    if (address >= region.pages - kGuardBytes && address < region.pages_end + kGuardBytes) {
       return place_in(region, address);
     }
   }
@@ -89,11 +96,10 @@ std::string describe_tensor_at(const void* address) {
 
 std::string overrun_of_padding() {
   for (const auto& [begin, r] : regions) {
-    if (const auto* at = first_changed(r.pages, r.begin); at < r.begin) {
-      return "wrote out of bounds: " + place_in(r, at);
-    }
-    if (const auto* at = first_changed(r.end, r.pages_end); at < r.pages_end) {
-      return "wrote out of bounds: " + place_in(r, at);
+    const unsigned char* before = find_overrun(r.pages, r.begin);
+    const unsigned char* behind = find_overrun(r.end, r.pages_end);
+    if (before != nullptr || behind != nullptr) {
+      return "wrote out of bounds: " + place_in(r, before != nullptr ? before : behind);
     }
   }
   return "";

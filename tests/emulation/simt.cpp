@@ -23,6 +23,7 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr uint64_t kMaxIdleYields = 1 << 20;
 constexpr int kPoison = 0xff;  // a NaN in every floating type
 
+constexpr size_t kGuardBytes = 1 << 20;
 const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 // A barrier or a warp instruction that `arrived` threads wait in; nobody where it is 0.
@@ -50,25 +51,28 @@ struct Warp {
   std::vector<Collective> meetings;  // lanes of disjoint masks meet apart
 };
 
-// Memory that ends at a guard page, and begins behind one.
+// Memory between stretches that may not be accessed.
 struct GuardedPages {
   unsigned char* begin = nullptr;
   size_t bytes = 0;
 
   void reserve(size_t size) {
     if (begin != nullptr) {
-      munmap(begin - kPage, bytes + 2 * kPage);
+      munmap(begin - kGuardBytes, bytes + 2 * kGuardBytes);
     }
     bytes = (size + kPage - 1) / kPage * kPage;
-    void* mapped = mmap(nullptr, bytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapped =
+        mmap(nullptr, bytes + 2 * kGuardBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) {
       throw std::runtime_error("emulation: out of memory");
     }
-    begin = static_cast<unsigned char*>(mapped) + kPage;
+    begin = static_cast<unsigned char*>(mapped) + kGuardBytes;
     mprotect(begin, bytes, PROT_READ | PROT_WRITE);
   }
   bool holds(const void* address) const { return address >= begin && address < begin + bytes; }
-  bool is_near(const void* address) const { return address >= begin - kPage && address < begin + bytes + kPage; }
+  bool is_near(const void* address) const {
+    return address >= begin - kGuardBytes && address < begin + bytes + kGuardBytes;
+  }
 };
 
 struct Machine {
