@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_tanh_mul(Tensor gate_up) -> Tensor");
   m.def("gguf_dequantize(Tensor blocks, int type, ScalarType dtype) -> Tensor");
+  m.def("gguf_linear(Tensor x, Tensor[] blocks, int[] types, Tensor? bias, str activation) -> Tensor");
+  m.def("gguf_moe_linear(Tensor x, Tensor blocks, int type, Tensor topk_ids, str activation) -> Tensor");
   m.def(
       "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
       "ScalarType dtype) -> Tensor");
@@ -49,6 +51,9 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def("moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor");
   m.def("moe_compute_ids_tpe(Tensor topk_ids, int num_experts, int[] out_features) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_experts_gguf(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate, Tensor up, Tensor down, "
+      "int[] types, str activation) -> Tensor");
   m.def(
       "moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, "
       "Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, "

@@ -15,7 +15,7 @@ from ferrum_ops.ops.elementwise import (
     transpose_head_to_token,
     transpose_token_to_head,
 )
-from ferrum_ops.ops.gguf import gguf_dequantize
+from ferrum_ops.ops.gguf import gguf_dequantize, gguf_linear, gguf_moe_linear, moe_experts_gguf
 from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
@@ -56,6 +56,8 @@ __all__ = [
     "gelu",
     "gelu_tanh_mul",
     "gguf_dequantize",
+    "gguf_linear",
+    "gguf_moe_linear",
     "gptq_dequantize",
     "gptq_gemm",
     "int4_linear",
@@ -75,6 +77,7 @@ __all__ = [
     "moe_build_pairs_by_token",
     "moe_combine",
     "moe_compute_ids_tpe",
+    "moe_experts_gguf",
     "moe_experts_int4",
     "paged_attention",
     "paged_kv_write_",

@@ -244,6 +244,8 @@ gather_columns(Tensor x, Tensor perm) -> Tensor
 gelu(Tensor x) -> Tensor
 gelu_tanh_mul(Tensor gate_up) -> Tensor
 gguf_dequantize(Tensor blocks, int type, ScalarType dtype) -> Tensor
+gguf_linear(Tensor x, Tensor[] blocks, int[] types, Tensor? bias, str activation) -> Tensor
+gguf_moe_linear(Tensor x, Tensor blocks, int type, Tensor topk_ids, str activation) -> Tensor
 gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
 gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, int zero_offset) -> Tensor
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
@@ -262,6 +264,7 @@ moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, bool pair
 moe_build_pairs_by_token(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)
 moe_combine(Tensor packed, Tensor pairs_by_token, Tensor topk_weights) -> Tensor
 moe_compute_ids_tpe(Tensor topk_ids, int num_experts, int[] out_features) -> (Tensor, Tensor, Tensor)
+moe_experts_gguf(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate, Tensor up, Tensor down, int[] types, str activation) -> Tensor
 moe_experts_int4(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, int intermediate_size, str activation) -> Tensor
 paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, Tensor kv_lens, float scale, bool causal=True, int window=0, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor
 paged_kv_write_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping) -> ()

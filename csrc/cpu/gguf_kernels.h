@@ -219,6 +219,8 @@ void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int6
   dequantize_chunks(traits, blocks, elements, out);
 }
 
+#if !defined(FERRUM_LEVEL_AVX512)
 void gguf_int8_columns(const GgufProduct& product) { int8_columns(product); }
+#endif
 
 }  // namespace ferrum::cpu::FERRUM_LEVEL

@@ -11,3 +11,7 @@ print(tuple(blocks.shape), blocks.dtype)  # (100, 288) torch.uint8
 
 weight = ferrum_ops.gguf_dequantize(blocks, GGMLType.Q4_K, torch.float32)
 print(tuple(weight.shape))  # (100, 512)
+
+x = torch.ones(3, in_features)
+y = ferrum_ops.gguf_linear(x, [blocks], [GGMLType.Q4_K], None, "full")
+print(tuple(y.shape), torch.allclose(y, x @ weight.T, atol=1e-4))  # (3, 100) True

@@ -16,6 +16,7 @@ TOLERANCES: dict[tuple[str, torch.dtype | None], float] = {
     # The intermediate is rounded to int8 again: where the float64 oracle's value lies on the other side of a rounding
     # boundary than the kernel's float32, the code differs by one of 127 steps.
     ("moe_experts_int4", torch.float32): 1e-4,
+    ("moe_experts_gguf", torch.float32): 1e-4,
 }
 
 #: The largest single error may be this many times the allowed relative error (times the oracle's RMS).

@@ -1,0 +1,94 @@
+// Products of GGUF blocks with int8 activations for AVX512 with VNNI.
+#if defined(__x86_64__)
+#define FERRUM_LEVEL_AVX512
+#include "cpu/simd.h"
+
+#if defined(__clang__)
+#define FERRUM_KEEP_ACCUMULATORS __attribute__((noinline))
+#pragma clang attribute push(__attribute__((target("avx512vnni"))), apply_to = function)
+#else
+#define FERRUM_KEEP_ACCUMULATORS __attribute__((noinline, optimize("no-tree-coalesce-vars")))
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vnni")
+#endif
+
+#include "cpu/gguf_direct_avx512.h"
+#include "cpu/gguf_panel_avx512.h"
+
+namespace ferrum::cpu::FERRUM_LEVEL {
+namespace {
+
+constexpr int kDirectRows = 2;
+
+template <Type T, int R>
+inline void direct(const GgufProduct& p, int64_t tile) {
+  if constexpr (kSmall<T>) {
+    direct_small<T, R>(p, tile);
+  } else {
+    direct_large<T, R>(p, tile);
+  }
+}
+
+template <Type T>
+void int8_columns(const GgufProduct& p) {
+  const int64_t tiles = (p.columns + kGgufTile - 1) / kGgufTile;
+  int64_t tile = 0;
+  if (p.rows <= kDirectRows) {
+    for (; tile < tiles; ++tile) {
+      if (p.rows == 1) {
+        direct<T, 1>(p, tile);
+      } else {
+        direct<T, 2>(p, tile);
+      }
+    }
+    return;
+  }
+  for (; tile + 2 <= tiles; tile += 2) {
+    panel_columns<T, 2>(p, tile);
+  }
+  if (tile < tiles) {
+    panel_columns<T, 1>(p, tile);
+  }
+}
+
+}  // namespace
+
+void gguf_int8_columns(const GgufProduct& product) {
+  switch (product.weights.traits->type) {
+    case Type::Q4_0:
+      return int8_columns<Type::Q4_0>(product);
+    case Type::Q4_1:
+      return int8_columns<Type::Q4_1>(product);
+    case Type::Q5_0:
+      return int8_columns<Type::Q5_0>(product);
+    case Type::Q5_1:
+      return int8_columns<Type::Q5_1>(product);
+    case Type::Q8_0:
+      return int8_columns<Type::Q8_0>(product);
+    case Type::IQ4_NL:
+      return int8_columns<Type::IQ4_NL>(product);
+    case Type::MXFP4:
+      return int8_columns<Type::MXFP4>(product);
+    case Type::Q2_K:
+      return int8_columns<Type::Q2_K>(product);
+    case Type::Q3_K:
+      return int8_columns<Type::Q3_K>(product);
+    case Type::Q4_K:
+      return int8_columns<Type::Q4_K>(product);
+    case Type::Q5_K:
+      return int8_columns<Type::Q5_K>(product);
+    case Type::Q6_K:
+      return int8_columns<Type::Q6_K>(product);
+    case Type::IQ4_XS:
+      return int8_columns<Type::IQ4_XS>(product);
+    default:
+      return;  // F32, F16 and BF16 have no codes
+  }
+}
+
+}  // namespace ferrum::cpu::FERRUM_LEVEL
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+FERRUM_END_LEVEL
+#endif

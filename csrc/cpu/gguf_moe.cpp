@@ -1,0 +1,324 @@
+// gguf_moe_linear and moe_experts_gguf on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "cpu/gguf_activations.h"
+
+namespace ferrum::cpu {
+namespace {
+
+constexpr const char* kLinear = "gguf_moe_linear";
+constexpr const char* kExperts = "moe_experts_gguf";
+// Tokens handled at a time, which bounds the scratch memory. By then an expert has rows enough that reading its weights
+// again for the next chunk costs little beside the arithmetic.
+constexpr int64_t kTokensPerChunk = 1024;
+
+// The stack of one projection, [experts, rows, bytes].
+struct Stack {
+  GgufWeights first;  // of expert 0
+  int64_t experts;
+
+  GgufWeights expert(int64_t e) const {
+    GgufWeights w = first;
+    w.blocks += e * w.rows * w.row_bytes();
+    return w;
+  }
+  int64_t bytes() const { return first.rows * first.row_bytes(); }  // of one expert
+  int64_t panels(int64_t width) const { return (first.rows + width - 1) / width; }
+};
+
+// Tokens [first, first + tokens) of a call.
+struct Tokens {
+  int64_t tokens, top_k;
+  const int32_t* ids;  // outside [0, experts): skipped
+};
+
+// (token, slot) pairs sorted by expert, in the order of the tokens inside one expert. Skipped pairs have no row.
+struct Groups {
+  std::vector<int32_t> experts;  // that have rows, ascending
+  std::vector<int32_t> offsets;  // rows of experts[a]: [offsets[a], offsets[a + 1])
+  std::vector<int32_t> pairs;    // of each row
+  std::vector<int32_t> tokens;   // of each row
+  std::vector<int32_t> row_of;   // of each pair, -1 for a skipped one
+
+  int64_t rows() const { return static_cast<int64_t>(pairs.size()); }
+  int64_t active() const { return static_cast<int64_t>(experts.size()); }
+
+  Groups(const Tokens& t, int64_t num_experts) : row_of(t.tokens * t.top_k, -1) {
+    std::vector<int32_t> next(num_experts, 0);
+    const int64_t count = t.tokens * t.top_k;
+    const auto inside = [&](int64_t pair) { return t.ids[pair] >= 0 && t.ids[pair] < num_experts; };
+    for (int64_t pair = 0; pair < count; ++pair) {
+      next[inside(pair) ? t.ids[pair] : 0] += inside(pair);
+    }
+    offsets.push_back(0);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const int32_t rows_before = offsets.back();
+      if (next[e] > 0) {
+        experts.push_back(static_cast<int32_t>(e));
+        offsets.push_back(rows_before + next[e]);
+      }
+      next[e] = rows_before;
+    }
+    pairs.resize(offsets.back());
+    tokens.resize(offsets.back());
+    for (int64_t pair = 0; pair < count; ++pair) {
+      if (inside(pair)) {
+        const int32_t row = next[t.ids[pair]]++;
+        pairs[row] = static_cast<int32_t>(pair);
+        tokens[row] = static_cast<int32_t>(pair / t.top_k);
+        row_of[pair] = row;
+      }
+    }
+  }
+};
+
+// Runs f(thread, task) for every task. Threads take runs of consecutive tasks as they become free, so that neither a
+// busy core nor an expert with many rows is waited for. `bytes` is the memory read: little work stays on one thread.
+template <typename F>
+void for_each_task(int64_t tasks, int64_t run, int64_t bytes, const F& f) {
+  const int64_t wanted = std::min<int64_t>(torch::stable::get_num_threads(), (tasks + run - 1) / run);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::max<int64_t>(1, std::min(wanted, bytes >> 16)), 1, [&](int64_t thread, int64_t) {
+    for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run)) {
+      for (int64_t task = first; task < std::min(first + run, tasks); ++task) {
+        f(thread, task);
+      }
+    }
+  });
+}
+
+// Runs of tasks that are one expert's: long enough to read its rows as a stream, short enough to share out.
+int64_t run_of(int64_t tasks) { return std::max<int64_t>(1, tasks / (torch::stable::get_num_threads() * 16)); }
+
+// Rows of `width` values of any float type, `count` of them, prepared for int8 or full products.
+GgufRows prepare(const GgufLayout& layout, const void* values, FloatType type, int64_t count, int64_t stride) {
+  GgufRows rows(layout, count);
+  const Int4Kernels& kernels = int4_kernels();
+  const int64_t threads = torch::stable::get_num_threads();
+  const Scratch<float> staging(threads * rows.staging());
+  const int64_t bytes = stride * float_bytes(type);
+  for_each_task(count, 4, count * bytes, [&](int64_t thread, int64_t row) {
+    rows.fill(kernels, row, static_cast<const char*>(values) + row * bytes, type,
+              staging.get() + thread * rows.staging());
+  });
+  return rows;
+}
+
+// Calls f(first, rows) for blocks of the rows of active expert a.
+template <typename F>
+void for_each_row_block(const Groups& groups, int64_t a, const F& f) {
+  for (int64_t row = groups.offsets[a]; row < groups.offsets[a + 1]; row += kGgufRowBlock) {
+    f(row, std::min<int64_t>(kGgufRowBlock, groups.offsets[a + 1] - row));
+  }
+}
+
+// gguf_moe_linear
+
+void check_routing(const char* op, const Tensor& ids, int64_t tokens) {
+  check_dtype(op, "topk_ids", ids, ScalarType::Int);
+  check_shape(op, "topk_ids", ids, {tokens, -1});
+  check_contiguous(op, "topk_ids", ids);
+}
+
+Stack check_stack(const char* op, const char* name, const char* type_name, const Tensor& blocks, int64_t type,
+                  int64_t experts, int64_t rows, const char* in_name, int64_t in_features) {
+  const gguf::Traits& traits = check_gguf_quantized(op, type_name, type);
+  const int64_t row_bytes = gguf_row_bytes(op, in_name, traits, in_features);
+  check_gguf_bytes(op, name, blocks);
+  check_shape(op, name, blocks, {experts, rows, row_bytes});
+  FERRUM_CHECK(blocks.size(0) >= 1 && blocks.size(1) >= 1, op, name, "expected at least 1 expert and 1 row, got shape ",
+               shape_string(blocks));
+  return {{&traits, data<uint8_t>(blocks), blocks.size(1), in_features}, blocks.size(0)};
+}
+
+Tensor gguf_moe_linear(const Tensor& x, const Tensor& blocks, int64_t type, const Tensor& topk_ids,
+                       std::string activation) {
+  const bool int8 = check_int8_activation(kLinear, activation);
+  check_activation(kLinear, "x", x);
+  check_contiguous(kLinear, "x", x);
+  FERRUM_CHECK(x.dim() == 2 || x.dim() == 3, kLinear, "x", "expected 2 dimensions (for all slots) or 3, got shape ",
+               shape_string(x));
+  const int64_t tokens = x.size(0), in_features = x.size(x.dim() - 1);
+  check_routing(kLinear, topk_ids, tokens);
+  const int64_t top_k = topk_ids.size(1);
+  const bool per_slot = x.dim() == 3;
+  FERRUM_CHECK(!per_slot || x.size(1) == top_k, kLinear, "x", "expected ", top_k, " slots, got shape ",
+               shape_string(x));
+  const Stack stack = check_stack(kLinear, "blocks", "type", blocks, type, -1, -1, "x", in_features);
+  const int64_t out_features = stack.first.rows;
+  Tensor out = torch::stable::new_zeros(x, {tokens, top_k, out_features});
+  if (tokens * top_k == 0) {
+    return out;
+  }
+  const Groups groups({tokens, top_k, data<int32_t>(topk_ids)}, stack.experts);
+  const FloatType float_kind = float_type(x);
+  const GgufRows rows = prepare(GgufLayout(int8, *stack.first.traits, in_features), x.const_data_ptr(), float_kind,
+                                x.numel() / in_features, in_features);
+  const int32_t* row_ids = per_slot ? groups.pairs.data() : groups.tokens.data();
+  const int64_t panels = stack.panels(kGgufPanel), tasks = groups.active() * panels;
+  const GgufKernel kernel = gguf_kernel(int8);
+  const auto from_float = int4_kernels().from_float;
+  char* result = mutable_data<char>(out);
+  for_each_task(tasks, run_of(tasks), groups.active() * stack.bytes(), [&](int64_t, int64_t task) {
+    alignas(64) float panel[kGgufRowBlock * kGgufPanel];
+    const int64_t a = task / panels, first = task % panels * kGgufPanel;
+    const int64_t columns = std::min(kGgufPanel, out_features - first);
+    for_each_row_block(groups, a, [&](int64_t row, int64_t count) {
+      kernel({stack.expert(groups.experts[a]), first, columns, rows.view(), row_ids + row, count, kGgufTile, panel});
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = groups.pairs[row + r] * out_features + first;
+        from_float(panel + r * kGgufPanel, columns, float_kind, result + at * float_bytes(float_kind));
+      }
+    });
+  });
+  return out;
+}
+
+// moe_experts_gguf
+
+struct Block {
+  Stack gate, up, down;
+  bool int8;
+  FloatType type;
+  int64_t hidden_size;
+
+  int64_t width() const { return (gate.first.rows + kGgufTile - 1) / kGgufTile * kGgufTile; }
+};
+
+// activated[row] = silu(gate) * up. One task is 32 columns of both for all rows of one expert.
+void gate_up(const Block& block, const Groups& groups, const GgufRows& gate_rows, const GgufRows& up_rows,
+             float* activated) {
+  constexpr int64_t kColumns = kGgufPanel / 2;
+  const GgufKernel kernel = gguf_kernel(block.int8);
+  const Int4Kernels& kernels = int4_kernels();
+  const int64_t width = block.width();
+  const int64_t panels = block.gate.panels(kColumns), tasks = groups.active() * panels;
+  const int64_t bytes = groups.active() * (block.gate.bytes() + block.up.bytes());
+  for_each_task(tasks, run_of(tasks), bytes, [&](int64_t, int64_t task) {
+    alignas(64) float panel[kGgufRowBlock * kGgufPanel];
+    const int64_t a = task / panels, first = task % panels * kColumns;
+    const int64_t columns = std::min(kColumns, block.gate.first.rows - first);
+    const int64_t expert = groups.experts[a];
+    for_each_row_block(groups, a, [&](int64_t row, int64_t count) {
+      const int32_t* ids = groups.tokens.data() + row;
+      kernel({block.gate.expert(expert), first, columns, gate_rows.view(), ids, count, 2 * kGgufTile, panel});
+      kernel({block.up.expert(expert), first, columns, up_rows.view(), ids, count, 2 * kGgufTile, panel + kGgufTile});
+      for (int64_t r = 0; r < count; ++r) {
+        kernels.silu_mul_tiles(panel + r * kGgufPanel, (columns + kGgufTile - 1) / kGgufTile,
+                               activated + (row + r) * width + first);
+      }
+    });
+  });
+}
+
+// out[t] over the columns of a panel, from the down product's rows.
+void combine_panel(const Block& block, const Tokens& t, const float* weights, const Groups& groups,
+                   const float* products, int64_t first, char* out) {
+  const Int4Kernels& kernels = int4_kernels();
+  const int64_t columns = std::min(kGgufPanel, block.hidden_size - first);
+  for (int64_t token = 0; token < t.tokens; ++token) {
+    alignas(64) float sum[kGgufPanel] = {};
+    for (int64_t pair = token * t.top_k; pair < (token + 1) * t.top_k; ++pair) {
+      if (groups.row_of[pair] >= 0) {
+        kernels.add_scaled(products + groups.row_of[pair] * kGgufPanel, weights[pair], columns, sum);
+      }
+    }
+    kernels.from_float(sum, columns, block.type, out + (token * block.hidden_size + first) * float_bytes(block.type));
+  }
+}
+
+// The down product and the weighted sum over the slots. One task is a panel for all experts: its products never leave
+// the core's cache, and no thread waits for another before the sum.
+void down_and_combine(const Block& block, const Tokens& t, const float* weights, const Groups& groups,
+                      const GgufRows& rows, char* out) {
+  const GgufKernel kernel = gguf_kernel(block.int8);
+  const int64_t panels = block.down.panels(kGgufPanel);
+  std::vector<int32_t> identity(groups.rows());
+  for (size_t i = 0; i < identity.size(); ++i) {
+    identity[i] = static_cast<int32_t>(i);
+  }
+  // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, groups.rows()));
+  const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
+  const int64_t panel_floats = groups.rows() * kGgufPanel;
+  const Scratch<float> products(threads * run * panel_floats);
+  for_each_task((panels + run - 1) / run, 1, groups.active() * block.down.bytes(), [&](int64_t thread, int64_t task) {
+    float* mine = products.get() + thread * run * panel_floats;
+    const int64_t begin = task * run, end = std::min(begin + run, panels);
+    for (int64_t a = 0; a < groups.active(); ++a) {
+      const GgufWeights expert = block.down.expert(groups.experts[a]);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t columns = std::min(kGgufPanel, expert.rows - panel * kGgufPanel);
+        for_each_row_block(groups, a, [&](int64_t row, int64_t count) {
+          float* to = mine + (panel - begin) * panel_floats + row * kGgufPanel;
+          kernel({expert, panel * kGgufPanel, columns, rows.view(), identity.data() + row, count, kGgufTile, to});
+        });
+      }
+    }
+    for (int64_t panel = begin; panel < end; ++panel) {
+      combine_panel(block, t, weights, groups, mine + (panel - begin) * panel_floats, panel * kGgufPanel, out);
+    }
+  });
+}
+
+void run_block(const Block& block, const Tokens& t, const char* hidden, const float* weights, char* out) {
+  const Groups groups(t, block.gate.experts);
+  const int64_t width = block.width();
+  const Scratch<float> activated(groups.rows() * width);
+  {
+    const GgufLayout gate(block.int8, *block.gate.first.traits, block.hidden_size);
+    const GgufLayout up(block.int8, *block.up.first.traits, block.hidden_size);
+    const GgufRows gate_rows = prepare(gate, hidden, block.type, t.tokens, block.hidden_size);
+    if (gate.same_as(up)) {
+      gate_up(block, groups, gate_rows, gate_rows, activated.get());
+    } else {
+      gate_up(block, groups, gate_rows, prepare(up, hidden, block.type, t.tokens, block.hidden_size), activated.get());
+    }
+  }
+  const GgufLayout down(block.int8, *block.down.first.traits, block.down.first.in_features);
+  const GgufRows rows = prepare(down, activated.get(), FloatType::f32, groups.rows(), width);
+  down_and_combine(block, t, weights, groups, rows, out);
+}
+
+Tensor moe_experts_gguf(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate,
+                        const Tensor& up, const Tensor& down, std::vector<int64_t> types, std::string activation) {
+  const bool int8 = check_int8_activation(kExperts, activation);
+  check_activation(kExperts, "hidden", hidden);
+  check_shape(kExperts, "hidden", hidden, {-1, -1});
+  check_contiguous(kExperts, "hidden", hidden);
+  const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
+  check_routing(kExperts, topk_ids, tokens);
+  const int64_t top_k = topk_ids.size(1);
+  check_dtype(kExperts, "topk_weights", topk_weights, ScalarType::Float);
+  check_shape(kExperts, "topk_weights", topk_weights, {tokens, top_k});
+  check_contiguous(kExperts, "topk_weights", topk_weights);
+  FERRUM_CHECK(types.size() == 3, kExperts, "types", "expected 3 (gate, up, down), got ", types.size());
+  const Stack gates = check_stack(kExperts, "gate", "types", gate, types[0], -1, -1, "hidden", hidden_size);
+  const int64_t experts = gates.experts, width = gates.first.rows;
+  const Stack ups = check_stack(kExperts, "up", "types", up, types[1], experts, width, "hidden", hidden_size);
+  const Stack downs = check_stack(kExperts, "down", "types", down, types[2], experts, hidden_size, "gate", width);
+  const Block block{gates, ups, downs, int8, float_type(hidden), hidden_size};
+  Tensor out = torch::stable::new_empty(hidden, {tokens, hidden_size});
+  for (int64_t first = 0; first < tokens; first += kTokensPerChunk) {
+    const int64_t bytes = hidden_size * float_bytes(block.type);
+    const Tokens chunk{std::min(kTokensPerChunk, tokens - first), top_k, data<int32_t>(topk_ids) + first * top_k};
+    run_block(block, chunk, data<char>(hidden) + first * bytes, data<float>(topk_weights) + first * top_k,
+              mutable_data<char>(out) + first * bytes);
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {
+  m.impl("gguf_moe_linear", TORCH_BOX(&gguf_moe_linear));
+  m.impl("moe_experts_gguf", TORCH_BOX(&moe_experts_gguf));
+}
+
+}  // namespace
+}  // namespace ferrum::cpu
