@@ -233,8 +233,56 @@ class Int4ExpertWeights(ExpertWeights):
         )
 
 
+@dataclass(frozen=True)
+class GgufExpertWeights(ExpertWeights):
+    """GGUF blocks as they lie in the file."""
+
+    layout = "gguf"
+    gate_blocks: torch.Tensor  # uint8 [E, I, bytes of H weights]
+    up_blocks: torch.Tensor  # like gate_blocks
+    down_blocks: torch.Tensor  # uint8 [E, H, bytes of I weights]
+    gate_type: int  # ggml's numbers
+    up_type: int
+    down_type: int
+    activation: str  # "int8" or "full"
+
+    def traceable(self, dtype: torch.dtype) -> bool:
+        return True
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate_blocks.shape[0]
+
+    def gate_up(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        blocks = [self.gate_blocks[expert], self.up_blocks[expert]]
+        return ferrum_ops.gguf_linear(x, blocks, [self.gate_type, self.up_type], None, self.activation)
+
+    def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return ferrum_ops.gguf_linear(x, [self.down_blocks[expert]], [self.down_type], None, self.activation)
+
+    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        types = [self.gate_type, self.up_type, self.down_type]
+        return ferrum_ops.moe_experts_gguf(
+            hidden,
+            topk_ids,
+            topk_weights,
+            self.gate_blocks,
+            self.up_blocks,
+            self.down_blocks,
+            types,
+            self.activation,
+        )
+
+    def dense(self, dtype: torch.dtype) -> DenseExpertWeights:
+        """The weights dequantised."""
+        gate = ferrum_ops.gguf_dequantize(self.gate_blocks, self.gate_type, dtype)
+        up = ferrum_ops.gguf_dequantize(self.up_blocks, self.up_type, dtype)
+        down = ferrum_ops.gguf_dequantize(self.down_blocks, self.down_type, dtype)
+        return DenseExpertWeights(torch.cat([gate, up], dim=1), down)
+
+
 LAYOUTS: dict[str, type[ExpertWeights]] = {
-    cls.layout: cls for cls in (DenseExpertWeights, GptqExpertWeights, Int4ExpertWeights)
+    cls.layout: cls for cls in (DenseExpertWeights, GptqExpertWeights, Int4ExpertWeights, GgufExpertWeights)
 }
 for _cls in LAYOUTS.values():
     _cls.tensor_fields = tuple(f.name for f in fields(_cls) if "Tensor" in str(f.type))

@@ -7,6 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from transformers.utils import cached_file
 
 from ferrum_models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
 from ferrum_models.quantization.settings import GptqSettings
+from ferrum_models.qwen3_moe.gguf import find_gguf_file
+from ferrum_models.qwen3_moe.gguf_config import generation_config, qwen3_moe_config
+from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint
+from ferrum_models.qwen3_moe.gguf_planner import GgufPlanner
 from ferrum_models.qwen3_moe.modeling import Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe.planner import Plan, Planner
 from ferrum_models.report import PeakMemory
@@ -52,62 +57,50 @@ def load_pretrained(
         raise ValueError(f"[quantize] expected one of {QUANTIZE}, got {quantize!r}")
     start = time.perf_counter()
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    directory = find_directory(name_or_path, hub)
     # The dtype is settled first: a configuration would take it for its own attribute.
     torch_dtype, dtype_argument = kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None)
     config = copy.deepcopy(kwargs.pop("config", None))
-    if config is None:  # as in transformers, names of its attributes among the arguments change it
-        config, kwargs = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **kwargs)
-    if not isinstance(config, Qwen3MoeConfig):
-        raise CheckpointError(directory / "config.json", None, "model_type 'qwen3_moe'", repr(config.model_type))
-    dtype = resolve_dtype(torch_dtype, dtype_argument, config)
-    settings = GptqSettings.find(directory, config)
-    if quantize is not None and settings is not None:
-        raise ValueError(f"[quantize] expected None for a checkpoint that is quantised already, got {quantize!r}")
-
     device = target_device(kwargs.get("device_map"))
     runtime_config.warn_without_effect(device)
+    gguf_file = find_gguf_file(name_or_path, kwargs.pop("gguf_file", None), hub)
     with PeakMemory() as memory:
-        checkpoint = Checkpoint(directory)
-        plan = Planner(
-            config,
-            checkpoint,
-            settings,
-            dtype=dtype,
-            device=device,
-            activation=activation,
-            quantize=quantize,
-            trace=runtime_config.moe_load_trace,
-        ).plan()
-        for message in plan.report.warnings:
+        settings = {"device": device, "activation": activation, "quantize": quantize}
+        dtypes = (torch_dtype, dtype_argument)
+        if gguf_file is not None:
+            planned = plan_gguf(gguf_file, config, kwargs, dtypes, **settings)
+        else:
+            directory = find_directory(name_or_path, hub)
+            trace = runtime_config.moe_load_trace
+            planned = plan_safetensors(directory, config, kwargs, dtypes, trace=trace, **settings)
+        for message in planned.plan.report.warnings:
             warnings.warn(message, stacklevel=4)
-        config.quantization_config = {
+        planned.config.quantization_config = {
             "quant_method": "ferrum",
-            "plans": plan.modules,
-            "original": saved_quantization_config(settings, plan),
+            "plans": planned.plan.modules,
+            "original": planned.original,
         }
-        output_loading_info = kwargs.pop("output_loading_info", False)
+        output_loading_info = planned.arguments.pop("output_loading_info", False)
         model, info = build(
             None,
             *model_args,
-            config=config,
-            state_dict=plan.tensors,
-            dtype=dtype,
+            config=planned.config,
+            state_dict=planned.plan.tensors,
+            dtype=planned.dtype,
             output_loading_info=True,
             moe_implementation=moe_implementation,
             runtime_config=runtime_config,
-            **kwargs,
+            **planned.arguments,
         )
     problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if problems:
         raise RuntimeError(f"[load] the plan and the model disagree: {problems}")
     model.requires_grad_(False)  # an inference model: calling it needs no torch.no_grad()
-    if plan.packed == 0:
+    if planned.original is None:
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = model.config.name_or_path = str(name_or_path)
-    if "generation_config" not in kwargs and (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    report = plan.report
+    if "generation_config" not in planned.arguments and planned.generation_config is not None:
+        model.generation_config = planned.generation_config
+    report = planned.plan.report
     report.seconds = time.perf_counter() - start
     report.model_nbytes = model.memory_footprint()
     report.peak_nbytes, report.baseline_nbytes = memory.peak, memory.baseline
@@ -115,8 +108,84 @@ def load_pretrained(
     return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A checkpoint of either format, ready to be handed to transformers."""
+
+    config: Qwen3MoeConfig
+    plan: Plan
+    dtype: torch.dtype
+    arguments: dict[str, Any]  # of from_pretrained, without those that changed the configuration
+    original: dict[str, Any] | None  # config.json's quantization_config when saved; None: saved dense
+    generation_config: GenerationConfig | None
+
+
+def plan_safetensors(
+    directory: Path,
+    config: Any,
+    arguments: dict[str, Any],
+    dtypes: tuple[Any, Any],
+    *,
+    device: torch.device,
+    activation: str,
+    quantize: str | None,
+    trace: bool,
+) -> Planned:
+    if config is None:  # as in transformers, names of its attributes among the arguments change it
+        config, arguments = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **arguments)
+    if not isinstance(config, Qwen3MoeConfig):
+        raise CheckpointError(directory / "config.json", None, "model_type 'qwen3_moe'", repr(config.model_type))
+    dtype = resolve_dtype(*dtypes, config)
+    settings = GptqSettings.find(directory, config)
+    if settings is not None:
+        refuse_quantize(quantize)
+    plan = Planner(
+        config,
+        Checkpoint(directory),
+        settings,
+        dtype=dtype,
+        device=device,
+        activation=activation,
+        quantize=quantize,
+        trace=trace,
+    ).plan()
+    generation = None
+    if (directory / "generation_config.json").exists():
+        generation = GenerationConfig.from_pretrained(directory)
+    original = saved_quantization_config(settings, plan) if plan.packed else None
+    return Planned(config, plan, dtype, arguments, original, generation)
+
+
+def plan_gguf(
+    file: Path,
+    config: Any,
+    arguments: dict[str, Any],
+    dtypes: tuple[Any, Any],
+    *,
+    device: torch.device,
+    activation: str,
+    quantize: str | None,
+) -> Planned:
+    refuse_quantize(quantize)
+    checkpoint = GgufCheckpoint(file)
+    if config is None:
+        config = qwen3_moe_config(checkpoint)
+        changed = {name: arguments[name] for name in arguments if hasattr(config, name)}
+        arguments = {name: value for name, value in arguments.items() if name not in changed}
+        for name, value in changed.items():
+            setattr(config, name, value)
+    dtype = resolve_dtype(*dtypes, config)
+    plan = GgufPlanner(config, checkpoint, dtype=dtype, device=device, activation=activation).plan()
+    return Planned(config, plan, dtype, arguments, None, generation_config(checkpoint))
+
+
+def refuse_quantize(quantize: str | None) -> None:
+    if quantize is not None:
+        raise ValueError(f"[quantize] expected None for a checkpoint that is quantised already, got {quantize!r}")
+
+
 def find_directory(name_or_path: str | Path, hub: dict[str, Any]) -> Path:
-    """The local directory of a checkpoint; a model id is looked up and downloaded as transformers does.
+    """The local directory of a safetensors checkpoint; a model id is looked up and downloaded as transformers does.
 
     Raises CheckpointError for a directory without a config.json.
     """

@@ -206,8 +206,9 @@ def is_sparse_layer(config: Qwen3MoeConfig, layer_idx: int) -> bool:
 class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
     """Qwen3-MoE for inference with packed experts.
 
-    `from_pretrained` loads a GPTQ or dense safetensors checkpoint. Everything else, `generate`, caches, attention
-    implementations, `save_pretrained`, is transformers'.
+    `from_pretrained` loads a GPTQ or dense safetensors checkpoint, or a GGUF file, whose packed tensors stay views of
+    the mapped file: it must not be changed or shortened while the model lives. Everything else, `generate`, caches,
+    attention implementations, `save_pretrained`, is transformers'.
     """
 
     def __init__(
@@ -246,7 +247,8 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         """Load a checkpoint directory, packing quantised weights for the device they will run on.
 
         Args:
-            pretrained_model_name_or_path: directory with GPTQ or dense safetensors, or a model id.
+            pretrained_model_name_or_path: directory with GPTQ or dense safetensors, a GGUF file (of a split model, any
+                part) or a directory with one, or a model id, with `gguf_file="..."` for a file in its repository.
             moe_implementation: "fused", "bucketed" or "per_pair".
             activation: CPU kernels: "int8" quantises activations per group of 128, "full" keeps them.
             quantize: "int4" packs the linears and experts of a dense checkpoint while loading (round to nearest,
@@ -333,7 +335,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         return checkpoint_state_dict(self)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in transformers; packed weights are written in the format they were loaded from (GPTQ)."""
+        """As in transformers; packed weights are written in the format they came from (GPTQ), GGUF blocks dense."""
         quantized = getattr(self, "hf_quantizer", None) is not None  # which then supplies the tensors itself
         if kwargs.get("state_dict") is None and not quantized:
             kwargs["state_dict"] = self.state_dict_to_save()

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 import ferrum_ops
-from ferrum_models.moe.weights import DenseExpertWeights, GptqExpertWeights, Int4ExpertWeights
+from ferrum_models.moe.weights import DenseExpertWeights, GgufExpertWeights, GptqExpertWeights, Int4ExpertWeights
 from ferrum_models.quantization.modules import ConcatLinear, GptqLinear, Int4Linear, PackedExperts
 from ferrum_models.quantization.sources import Int4Tensors, SavedLinear, unpack_int4
+from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding
 from ferrum_models.qwen3_moe.modeling import MLP, DecoderLayer, Qwen3MoeForCausalLM, SparseMoeBlock
 from ferrum_ops.formats.gptq import zero_offset_of
 
@@ -34,7 +35,7 @@ def checkpoint_state_dict(model: Qwen3MoeForCausalLM) -> Tensors:
             layer.self_attn.o_proj, {f"{path}.self_attn.o_proj": config.hidden_size}
         )
         if isinstance(layer.mlp, SparseMoeBlock):
-            replaced[f"{path}.mlp.experts"] = expert_tensors(layer.mlp.experts, f"{path}.mlp.experts")
+            replaced[f"{path}.mlp.experts"] = expert_tensors(layer.mlp.experts, f"{path}.mlp.experts", model.dtype)
         elif isinstance(layer.mlp, MLP):
             width = config.intermediate_size
             parts = {f"{path}.mlp.{name}": width for name in ("gate_proj", "up_proj")}
@@ -42,6 +43,8 @@ def checkpoint_state_dict(model: Qwen3MoeForCausalLM) -> Tensors:
             replaced[f"{path}.mlp.down_proj"] = linear_tensors(
                 layer.mlp.down_proj, {f"{path}.mlp.down_proj": config.hidden_size}
             )
+    if isinstance(model.model.embed_tokens, GgufEmbedding):
+        replaced["model.embed_tokens"] = {"model.embed_tokens.weight": model.model.embed_tokens.weight}
     if not config.tie_word_embeddings:
         replaced["lm_head"] = linear_tensors(model.lm_head, {"lm_head": config.vocab_size})
     tensors = {
@@ -106,10 +109,12 @@ def _int4_linear_tensors(module: Int4Linear) -> Tensors:
     return tensors
 
 
-def expert_tensors(module: nn.Module, path: str) -> Tensors:
-    """Per-expert tensors of one layer's experts."""
+def expert_tensors(module: nn.Module, path: str, dtype: torch.dtype) -> Tensors:
+    """Per-expert tensors of one layer's experts; `dtype` is that of GGUF blocks, which are saved dense."""
     weights = module.weights
     tensors: Tensors = {}
+    if isinstance(weights, GgufExpertWeights):
+        weights = weights.dense(dtype)
     if isinstance(weights, DenseExpertWeights):
         for e in range(weights.num_experts):
             gate, up = weights.gate_up_proj[e].chunk(2)
