@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 NATIVE := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu' -o -type f -name '*.cuh')
+EMULATION := $(shell find tests/emulation -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu')
 # The version is in the name, so that another TORCH installs another torch.
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 INSTALL_STAMP := $(VENV)/.install-$(TORCH)
@@ -46,12 +47,12 @@ lint: $(BUILD_STAMP) $(TOOLS_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(EMULATION)
 
 format: $(TOOLS_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(EMULATION)
 
 table: $(BUILD_STAMP)
 	$(BIN)/python -m ferrum_ops.table --write README.md

@@ -11,6 +11,8 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulation"
+UNUSED_SECONDS = 24 * 3600
 SCHEDULES = ("forward", "reverse", "random")
 RUNTIME = sorted(HERE.glob("*.cpp"))
 #: Objects of all libraries of a process are named apart by `-Bsymbolic`, and `-fno-gnu-unique` keeps their static and
@@ -88,14 +91,15 @@ def _compile(source: Path, text: str, defines: Sequence[str]) -> Path:
     key = hashlib.sha256("\0".join([*command, text, _headers_digest()]).encode()).hexdigest()[:16]
     result = BUILD / f"{source.stem}-{key}.o"
     if not result.exists():
-        written = BUILD / key / source.name  # the name that messages show
-        written.parent.mkdir(exist_ok=True)
-        written.write_text(text)
         partial = result.with_suffix(f".{os.getpid()}")
-        run = subprocess.run([*command, "-c", str(written), "-o", str(partial)], capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / source.name  # the name that messages show
+            written.write_text(text)
+            run = subprocess.run([*command, "-c", str(written), "-o", str(partial)], capture_output=True, text=True)
         if run.returncode != 0:
             raise RuntimeError(f"[emulator] {source.name}: expected to compile, got\n{run.stderr[-4000:]}")
         partial.rename(result)
+    result.touch()
     return result
 
 
@@ -108,7 +112,16 @@ def _link(objects: Sequence[Path], name: str) -> Path:
         flags = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-o", str(partial)]
         subprocess.run([_compiler()[-1], *flags, *map(str, objects), *libraries], check=True, capture_output=True)
         partial.rename(result)
+    result.touch()
     return result
+
+
+@cache
+def _remove_unused() -> None:
+    """Objects carry a digest of all they depend on: those of other states of the sources pile up."""
+    for path in BUILD.glob("*.*o"):
+        if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -145,6 +158,7 @@ class Emulated:
                 return list(pool.map(lambda path: _compile(path, texts[path], defines), paths))
 
         with _build_lock("runtime"):
+            _remove_unused()
             objects = compile_all(RUNTIME, flags)
         with _build_lock(namespace):
             library = _link([*objects, *compile_all(sources, defines)], namespace)

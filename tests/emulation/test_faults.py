@@ -26,7 +26,7 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module", params=("own-switch", "ucontext"))
-def faults(request, emulated):
+def faults(request, emulation):
     flags = ["-DFERRUM_UCONTEXT"] if request.param == "ucontext" else []
     name = "ferrum_faults_" + request.param.replace("-", "_")
     return Emulated([HERE / "kernels" / "faults.cu"], name, flags=flags)

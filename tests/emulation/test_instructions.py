@@ -9,7 +9,7 @@ ALL_LANES = 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module")
-def instructions(emulated):
+def instructions(emulation):
     return Emulated([HERE / "kernels" / "instructions.cu"], "ferrum_instructions")
 
 

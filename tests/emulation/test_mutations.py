@@ -7,9 +7,7 @@ import torch
 
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close
-from tests.emulation.emulator import CSRC, HERE, SCHEDULES, Emulated, missing
-
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"emulation: {missing()}")
+from tests.emulation.emulator import CSRC, HERE, SCHEDULES, Emulated
 
 BLOCK, TILE = HERE / "kernels" / "block.cu", HERE / "kernels" / "tile.cu"
 NORM = CSRC / "cuda" / "norm.cu"
@@ -168,7 +166,7 @@ MUTATIONS = [
 
 
 @pytest.fixture(scope="module")
-def unmutated():
+def unmutated(emulation):
     return Emulated([BLOCK, TILE, NORM], "ferrum_unmutated")
 
 
@@ -185,7 +183,7 @@ def test_bfloat16_tiles(unmutated):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
-def test_a_mutation_is_caught(mutation):
+def test_a_mutation_is_caught(mutation, emulation):
     text = mutation.source.read_text()
     assert text.count(mutation.old) == 1
     changed = text.replace(mutation.old, mutation.new)
