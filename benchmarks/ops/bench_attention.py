@@ -1,7 +1,11 @@
-"""Attention at Qwen3-30B-A3B's sizes. `python benchmarks/ops/bench_attention.py [--dtype float32] [--only decode]`
+"""Attention at Qwen3-30B-A3B's sizes.
+
+`python benchmarks/ops/bench_attention.py [--dtype float32] [--only decode] [--compile]`
 
 The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. Prefills are
-bounded by arithmetic instead.
+bounded by arithmetic instead. Plain torch is scaled_dot_product_attention, over the contiguous cache also where the op
+reads pages. --compile times the compiled reference at
+1, 8 and 512 query tokens.
 """
 
 import argparse
@@ -17,22 +21,29 @@ from ferrum_ops.testing.timing import Case, bytes_of, run_cases
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
 SCALE = HEAD_DIM**-0.5
 DECODES = ((1, 128), (1, 1024), (1, 4096), (8, 4096))  # sequences, keys
+CHUNKS = ((8, 1024),)  # queries, keys
 PREFILLS = (512, 1024, 2048, 4096)
 
 
-def cases(dtype: torch.dtype = torch.bfloat16, only: str = "") -> Iterator[Case]:
+def cases(
+    dtype: torch.dtype = torch.bfloat16, only: str = "", prefill_sizes: tuple[int, ...] = PREFILLS
+) -> Iterator[Case]:
     decodes = [(batch, 1, keys) for batch, keys in DECODES] if only != "prefill" else []
-    prefills = [(1, tokens, tokens) for tokens in PREFILLS] if only != "decode" else []
-    for batch, tokens, keys in decodes + prefills:
+    chunks = [(1, tokens, keys) for tokens, keys in CHUNKS] if only == "" else []
+    prefills = [(1, tokens, tokens) for tokens in prefill_sizes] if only != "decode" else []
+    for batch, tokens, keys in decodes + chunks + prefills:
         q = torch.randn(batch, tokens, HEADS, HEAD_DIM).to(dtype)
         k, v = torch.randn(2, batch, KV_HEADS, keys, HEAD_DIM).to(dtype).unbind()
         lens = torch.full((batch,), keys, dtype=torch.int32)
         moved = bytes_of(q, q, k, v)
         label = f"B={batch} n={tokens} kv={keys}"
 
-        def sdpa(q=q, k=k, v=v, tokens=tokens):
+        # is_causal would align a chunk with the first keys.
+        mask = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if 1 < tokens < keys else None
+
+        def sdpa(q=q, k=k, v=v, mask=mask, causal=1 < tokens == keys):
             q = q.transpose(1, 2)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
         yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa)
 
@@ -52,5 +63,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--only", default="", choices=["", "decode", "prefill"])
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the compiled reference, of prefills only the first"
+    )
     args = parser.parse_args()
-    run_cases(cases(getattr(torch, args.dtype), args.only), repeats=10)
+    sizes = PREFILLS[:1] if args.compile else PREFILLS
+    run_cases(cases(getattr(torch, args.dtype), args.only, sizes), compile_reference=args.compile, repeats=10)

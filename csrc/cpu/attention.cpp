@@ -13,14 +13,14 @@
 namespace ferrum::cpu {
 namespace {
 
-using AttendKernel = void (*)(const Attention&, const AttentionItem&, const AttentionItem*, float*);
+using AttendKernel = void (*)(const Attention&, const AttentionTask&, const AttentionTask*, float*);
 
 // Products of bfloat16 pairs are used where they are faster than float32: on AMD's cores they do twice the work of an
 // FMA in the same time, on Intel's without AMX half of it.
 AttendKernel pick_attend(const Attention& a) {
 #if defined(FERRUM_BF16_PAIRS)
   static const bool fast_pairs = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
-  if (fast_pairs && active_isa() == Isa::avx512 && a.dtype == Dtype::bfloat16 && a.k_scale == nullptr) {
+  if (fast_pairs && active_isa() == Isa::avx512 && a.dtype == Dtype::bfloat16) {
     return &avx512::attend_bf16_pairs;
   }
 #endif
@@ -31,7 +31,7 @@ struct Plan {
   std::vector<AttentionSequence> sequences;
   std::vector<AttentionItem> items;
   std::vector<std::pair<size_t, int64_t>> split_items;  // the first split of its rows, and how many there are
-  int64_t partial_floats = 0, rows = 0;
+  int64_t partial_floats = 0;
 };
 
 // The keys that the rows [begin, end) see between them.
@@ -46,7 +46,6 @@ void plan_sequence(const Attention& a, const AttentionSequence& s, Plan& plan) {
   for (int64_t row = 0; row < rows; row += kRowTile) {
     const int64_t end = std::min(row + kRowTile, rows);
     const Keys keys = keys_of_rows(a, s, row, end);
-    plan.rows = std::max(plan.rows, end - row);
     const int64_t first = keys.begin / kKeySplit, last = (keys.end + kKeySplit - 1) / kKeySplit;
     const int64_t splits = rows > kRowTile ? 1 : std::max<int64_t>(last - first, 1);
     const int64_t floats = partial_floats(a, end - row);
@@ -65,15 +64,29 @@ void plan_sequence(const Attention& a, const AttentionSequence& s, Plan& plan) {
   }
 }
 
-// The order in which items are handed out: long ones first, so that none is left alone at the end.
-std::vector<size_t> heavy_first(const std::vector<AttentionItem>& items) {
-  std::vector<size_t> order(items.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  const auto work = [&](size_t i) {
-    return (items[i].row_end - items[i].row_begin) * (items[i].keys.end - items[i].keys.begin);
+// What the threads are given, long tasks first, so that none is left alone at the end.
+std::vector<AttentionTask> make_tasks(const Attention& a, const std::vector<AttentionItem>& items, int64_t threads) {
+  // Where heads lie side by side, as many as leave enough tasks for all threads and keep a step's keys and values, with
+  // those fetched ahead, in a part of a core's second-level cache.
+  constexpr int64_t kRowElements = 512, kTasksPerThread = 4;
+  const int64_t items_per_task = static_cast<int64_t>(items.size()) / (threads * kTasksPerThread);
+  const int64_t most = a.head_rows == 1 ? std::max<int64_t>(std::min(kRowElements / a.head_dim, items_per_task), 1) : 1;
+  std::vector<AttentionTask> tasks;
+  for (const AttentionItem& item : items) {
+    AttentionTask* last = tasks.empty() ? nullptr : &tasks.back();
+    if (last != nullptr && item.sequence->tokens == 1 && item.sequence == last->items->sequence &&
+        item.row_begin == last->items->row_begin && item.keys.begin == last->items->keys.begin && last->heads < most) {
+      ++last->heads;
+    } else {
+      tasks.push_back({&item, 1});
+    }
+  }
+  const auto work = [](const AttentionTask& t) {
+    return t.heads * (t.items->row_end - t.items->row_begin) * (t.items->keys.end - t.items->keys.begin);
   };
-  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return work(x) > work(y); });
-  return order;
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [&](const AttentionTask& x, const AttentionTask& y) { return work(x) > work(y); });
+  return tasks;
 }
 
 // Computes a.out, of the shape of q, for the sequences of the plan.
@@ -84,21 +97,26 @@ void run(Attention& a, Plan& plan, const Tensor& q) {
   if (plan.items.empty()) {
     return;
   }
-  const int64_t items = static_cast<int64_t>(plan.items.size());
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
-  const int64_t floats = (scratch_floats(a, plan.rows) + 15) / 16 * 16;
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<AttentionTask> tasks = make_tasks(a, plan.items, threads);
+  const int64_t count = static_cast<int64_t>(tasks.size()), workers = std::min(threads, count);
+  int64_t floats = 0;
+  for (const AttentionTask& t : tasks) {
+    const int64_t rows = t.items->row_end - t.items->row_begin;
+    floats = std::max(
+        floats, t.items->sequence->tokens == 1 ? decode_scratch_floats(a, rows, t.heads) : scratch_floats(a, rows));
+  }
+  floats = (floats + 15) / 16 * 16;
   Tensor memory = torch::stable::new_empty(q, {workers * floats + plan.partial_floats}, ScalarType::Float);
   float* const scratch = mutable_data<float>(memory);
   a.partial = scratch + workers * floats;
-  const std::vector<size_t> order = heavy_first(plan.items);
-  const auto item_at = [&](int64_t i) -> const AttentionItem& { return plan.items[order[static_cast<size_t>(i)]]; };
   const AttendKernel attend = pick_attend(a);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = next++; i < items; i = next++) {
-        const AttentionItem* after = i + workers < items ? &item_at(i + workers) : nullptr;
-        attend(a, item_at(i), after, scratch + worker * floats);
+      for (int64_t i = next++; i < count; i = next++) {
+        const AttentionTask* after = i + workers < count ? &tasks[static_cast<size_t>(i + workers)] : nullptr;
+        attend(a, tasks[static_cast<size_t>(i)], after, scratch + worker * floats);
       }
     }
   });

@@ -8,6 +8,8 @@ namespace ferrum::cpu {
 // Rows of queries that one work item holds, and keys of one step of its online softmax.
 constexpr int64_t kRowTile = 128;
 constexpr int64_t kKeyTile = 128;
+// Keys of a step where a sequence has a single query token.
+constexpr int64_t kDecodeTile = 64;
 // A sequence whose queries fit one row tile is cut every this many keys, so that a long one occupies all cores. The
 // cuts lie at multiples of it whatever the number of threads: the result does not depend on that.
 constexpr int64_t kKeySplit = 512;
@@ -63,12 +65,22 @@ struct AttentionItem {
   int64_t partial;
 };
 
+// What a thread is given at a time: an item, or for a sequence of a single token those of several KV heads that lie
+// side by side in the cache and see the same keys, so that memory is read in the order of its addresses.
+struct AttentionTask {
+  const AttentionItem* items;
+  int64_t heads;
+};
+
 constexpr int64_t kPad = 32;  // head_dim in scratch is a multiple of this many floats
 
 inline int64_t padded_head_dim(const Attention& a) { return (a.head_dim + kPad - 1) / kPad * kPad; }
 
 // Floats of the partial result of `rows` rows.
 inline int64_t partial_floats(const Attention& a, int64_t rows) { return rows * (padded_head_dim(a) + 2); }
+
+// Floats of a decode task's scratch for every eight rows of a KV head: results, queries, two numbers per row and key.
+inline int64_t decode_row_floats(const Attention& a) { return 16 * padded_head_dim(a) + 32; }
 
 // Floats of scratch, 64-byte aligned, for items of at most `rows` rows: queries and results, scores and weights, the
 // packed tiles of keys and values, five numbers per row.
@@ -77,9 +89,14 @@ inline int64_t scratch_floats(const Attention& a, int64_t rows) {
   return 2 * rows * padded_head_dim(a) + 2 * rows * kKeyTile + 2 * kKeyTile * padded_head_dim(a) + 5 * rows;
 }
 
+// The same for single tokens: state of the rows of all heads, keys as operands, scores and weights.
+inline int64_t decode_scratch_floats(const Attention& a, int64_t rows, int64_t heads) {
+  return heads * ((rows + 7) / 8) * decode_row_floats(a) + kDecodeTile * padded_head_dim(a) + 16 * kDecodeTile;
+}
+
 FERRUM_DECLARE_LEVELS(
-    // `next` is the item that this thread will probably be given next, or null: its first keys are fetched meanwhile.
-    void attend(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch);
+    // `next` is the task that this thread will probably be given next, or null: its first keys are fetched meanwhile.
+    void attend(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch);
     // out of all rows of the item's sequence and head from its splits: `splits` partial results one after the other.
     void merge_splits(const Attention& a, const AttentionItem& item, int64_t splits);)
 
@@ -87,8 +104,8 @@ FERRUM_DECLARE_LEVELS(
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FERRUM_LEVEL)
 #define FERRUM_BF16_PAIRS
 namespace avx512 {
-// attend for bfloat16 queries and caches with the instruction that multiplies pairs of them.
-void attend_bf16_pairs(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch);
+// attend for bfloat16 queries, over caches of that type or int8, with the instruction that multiplies pairs of them.
+void attend_bf16_pairs(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch);
 }  // namespace avx512
 #endif
 

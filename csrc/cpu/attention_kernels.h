@@ -1,6 +1,6 @@
 // Attention of one work item: online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over tiles of keys, the
 // two products on register tiles as in a matrix multiplication (Dao 2023, arXiv:2307.08691).
-#include "cpu/attention_pack.h"
+#include "cpu/attention_decode.h"
 
 namespace ferrum::cpu::FERRUM_LEVEL {
 namespace {
@@ -9,12 +9,15 @@ namespace {
 struct State {
   int64_t rows, padded;
   float *q, *out, *scores, *weights, *keys, *values;
-  float *largest, *sum, *correction;  // per row
-  int32_t *begin, *end;               // per row, the visible keys of the tile at hand
-  int64_t next_rows[kKeyTile];        // of the caches, where the tile after it lies
+  float *largest, *sum, *correction;           // per row
+  int32_t *begin, *end;                        // per row, the visible keys of the tile at hand
+  float k_scale[kKeyTile], v_scale[kKeyTile];  // of int8 caches, per key of the tile
+  bool scaled;
+  int64_t next_rows[kKeyTile];  // of the caches, where the tile after it lies
   Ahead ahead;
 
-  State(const Attention& a, int64_t rows, float* scratch) : rows(rows), padded(padded_head_dim(a)) {
+  State(const Attention& a, int64_t rows, float* scratch)
+      : rows(rows), padded(padded_head_dim(a)), scaled(a.k_scale != nullptr) {
     const int64_t lines = (rows + kLanes - 1) / kLanes * kLanes;
     const auto take = [&](int64_t floats) {
       float* taken = scratch;
@@ -35,109 +38,6 @@ struct State {
   }
 };
 
-// How the products read their operands: one float32 after the other. See the bfloat16 form for the other way.
-struct Float32Product {
-  static constexpr int64_t kPerElement = 1;  // values in one float of an operand
-  static Vec multiply_add(float a, Vec b, Vec sum) { return fma(broadcast(a), b, sum); }
-
-  static void load_query(Dtype dtype, const void* q, int64_t offset, int64_t head_dim, float* to) {
-    with_type(dtype, [&](auto t) {
-      const auto* from = static_cast<const decltype(t)*>(q) + offset;
-      for_vectors(head_dim, [&](int64_t i, int64_t count) { store_some(to + i, load_some(from + i, count), count); });
-    });
-  }
-  template <typename T>
-  static void pack_keys(const CacheRows<T>& k, int64_t depth, float* to) {
-    pack_keys_float32(k, depth, to);
-  }
-  template <typename T>
-  static bool pack_values(const CacheRows<T>& v, int64_t padded, bool look, float* to) {
-    return pack_values_float32(v, padded, look, to);
-  }
-  // The weights of the rows [row, row + rows) as the left operand of the product with the values.
-  static const float* weights(const State& s, int64_t row, int64_t) { return s.scores + row * kKeyTile; }
-};
-
-#if defined(FERRUM_ATTENTION_PAIRS)
-// Pairs of bfloat16 in every float of the operands: products exact, sums in float32. The weights are rounded to
-// bfloat16, as is the result in the end.
-struct Bf16PairProduct {
-  static constexpr int64_t kPerElement = 2;
-  static Vec multiply_add(float a, Vec b, Vec sum) {
-    const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_ps(a));
-    return {_mm512_dpbf16_ps(sum.v, pair, reinterpret_cast<__m512bh>(b.v))};
-  }
-
-  static void load_query(Dtype, const void* q, int64_t offset, int64_t head_dim, float* to) {
-    __builtin_memcpy(to, static_cast<const BFloat16*>(q) + offset, static_cast<size_t>(head_dim) * sizeof(BFloat16));
-  }
-  static void pack_keys(const CacheRows<BFloat16>& k, int64_t depth, float* to) { pack_keys_pairs(k, depth, to); }
-  static bool pack_values(const CacheRows<BFloat16>& v, int64_t padded, bool look, float* to) {
-    return pack_values_pairs(v, padded, look, to);
-  }
-  static const float* weights(const State& s, int64_t row, int64_t rows) {
-    for (int64_t r = row; r < row + rows; ++r) {
-      BFloat16* to = reinterpret_cast<BFloat16*>(s.weights + r * kKeyTile);
-      for (int64_t i = 0; i < kKeyTile; i += kLanes) {
-        const __m512 weight = _mm512_loadu_ps(s.scores + r * kKeyTile + i);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight)));
-      }
-    }
-    return s.weights + row * kKeyTile;
-  }
-};
-#endif
-
-// c = start * c + a b for `Rows` rows of a and one panel of b, over the elements [begin, end) of the rows; strides in
-// floats. Without `start`, c is not read.
-struct PanelProduct {
-  const float* a;
-  const float* b;
-  float* c;
-  const float* start;
-  int64_t a_stride, c_stride, begin, end;
-};
-
-template <typename Product, int Rows>
-inline void multiply_rows(const PanelProduct& p, Ahead& next) {
-  Ahead ahead = next;
-  Vec sum[Rows][kTileVectors];
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      sum[r][v] = p.start == nullptr
-                      ? broadcast(0.0f)
-                      : load(static_cast<const float*>(p.c + r * p.c_stride + v * kLanes)) * broadcast(p.start[r]);
-    }
-  }
-  for (int64_t i = p.begin; i < p.end; ++i) {
-    ahead.step();
-    Vec b[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) {
-      b[v] = load(p.b + i * kPanel + v * kLanes);
-    }
-    for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        sum[r][v] = Product::multiply_add(p.a[r * p.a_stride + i], b[v], sum[r][v]);
-      }
-    }
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      store(p.c + r * p.c_stride + v * kLanes, sum[r][v]);
-    }
-  }
-  next = ahead;
-}
-
-template <typename Product, int Rows>
-inline void multiply_panel(const PanelProduct& p, int64_t rows, Ahead& ahead) {
-  if (rows == Rows) {
-    multiply_rows<Product, Rows>(p, ahead);
-  } else if constexpr (Rows > 1) {
-    multiply_panel<Product, Rows - 1>(p, rows, ahead);
-  }
-}
-
 template <typename Product>
 void start_rows(const Attention& a, const AttentionItem& item, State& s) {
   __builtin_memset(s.q, 0, static_cast<size_t>(s.rows * s.padded) * sizeof(float));
@@ -149,19 +49,6 @@ void start_rows(const Attention& a, const AttentionItem& item, State& s) {
     Product::load_query(a.dtype, a.q, offset, a.head_dim, s.q + r * s.padded);
     s.largest[r] = -__builtin_inff();
     s.sum[r] = 0.0f;
-  }
-}
-
-// The rows of the caches that hold the keys [begin, end), one after the other, times `size`.
-inline void find_rows(const Attention& a, const AttentionItem& item, Keys keys, int64_t size, int64_t* rows) {
-  int64_t block = keys.begin / a.block_size, position = keys.begin % a.block_size;
-  for (int64_t key = keys.begin; key < keys.end; ++key) {
-    const int64_t row = item.sequence->table[block] * a.block_rows + position * a.key_rows;
-    *rows++ = (row + item.kv_head * a.head_rows) * size;
-    if (++position == a.block_size) {
-      position = 0;
-      ++block;
-    }
   }
 }
 
@@ -181,7 +68,7 @@ inline void weigh_row(State& s, int64_t r, float scale) {
   }
   if (begin > 0 || end < kKeyTile) {
     for (int64_t i = begin; i < end; ++i) {
-      x[i] *= scale;
+      x[i] *= s.scaled ? scale * s.k_scale[i] : scale;
     }
     for (int64_t i = 0; i < begin; ++i) {
       x[i] = -__builtin_inff();
@@ -189,13 +76,17 @@ inline void weigh_row(State& s, int64_t r, float scale) {
     for (int64_t i = end; i < kKeyTile; ++i) {
       x[i] = -__builtin_inff();
     }
-    scale = 1.0f;
   }
+  const bool cut = begin > 0 || end < kKeyTile;  // and scaled above
   constexpr int64_t kVectors = kKeyTile / kLanes;
   Vec score[kVectors];
   Vec most = broadcast(-__builtin_inff());
   for (int64_t i = 0; i < kVectors; ++i) {
-    score[i] = load(static_cast<const float*>(x + i * kLanes)) * broadcast(scale);
+    score[i] = load(static_cast<const float*>(x + i * kLanes));
+    if (!cut) {
+      const Vec factor = broadcast(scale);
+      score[i] = score[i] * (s.scaled ? factor * load(static_cast<const float*>(s.k_scale + i * kLanes)) : factor);
+    }
     most = max(most, score[i]);
   }
   const float before = s.largest[r], tile = reduce_max(most);
@@ -206,7 +97,15 @@ inline void weigh_row(State& s, int64_t r, float scale) {
   for (int64_t i = 0; i < kVectors; ++i) {
     const Vec weight = exp(score[i] - broadcast(reference));
     total = total + weight;
-    store(x + i * kLanes, weight);
+    store(x + i * kLanes, s.scaled ? weight * load(static_cast<const float*>(s.v_scale + i * kLanes)) : weight);
+  }
+  if (cut && s.scaled) {  // an invisible key's scale may be NaN
+    for (int64_t i = 0; i < begin; ++i) {
+      x[i] = 0.0f;
+    }
+    for (int64_t i = end; i < kKeyTile; ++i) {
+      x[i] = 0.0f;
+    }
   }
   s.largest[r] = largest;
   s.correction[r] = before == reference ? 1.0f : exp_one(before - reference);
@@ -252,14 +151,20 @@ inline void score_rows(State& s, int64_t row, int64_t rows, Keys keys, int64_t d
 
 template <typename Product>
 inline void add_values(State& s, int64_t row, int64_t rows, Keys keys) {
-  const float* weights = Product::weights(s, row, rows);
   const int64_t step = Product::kPerElement;
+  const float* weights = s.scores + row * kKeyTile;
+  if (step > 1) {
+    for (int64_t i = 0; i < rows * kKeyTile; i += kLanes) {
+      Product::store_weights(s.weights + row * kKeyTile + i / step, load(weights + i));
+    }
+    weights = s.weights + row * kKeyTile;
+  }
   for (int64_t d = 0; d < s.padded; d += kPanel) {
     const PanelProduct p{weights,
                          s.values + d * (kKeyTile / step),
                          s.out + row * s.padded + d,
                          s.correction + row,
-                         kKeyTile,
+                         kKeyTile / step,
                          s.padded,
                          keys.begin / step,
                          (keys.end + step - 1) / step};
@@ -290,14 +195,13 @@ void attend_tile(const Attention& a, const AttentionItem& item, State& s, int64_
   for (int64_t i = 0; i < seen.begin; ++i) {
     offsets[i] = offsets[seen.begin];  // nobody sees them, and they may have no block
   }
-  float k_scale[kKeyTile], v_scale[kKeyTile];
-  for (int64_t i = 0; a.k_scale != nullptr && i < seen.end; ++i) {
-    const int64_t row = offsets[i] / a.head_dim;
-    k_scale[i] = a.k_scale[row];
-    v_scale[i] = a.v_scale[row];
+  for (int64_t i = 0; s.scaled && i < kKeyTile; ++i) {
+    const int64_t row = offsets[smaller(i, seen.end - 1)] / a.head_dim;
+    s.k_scale[i] = a.k_scale[row];
+    s.v_scale[i] = a.v_scale[row];
   }
-  const CacheRows<T> k{static_cast<const T*>(a.k), offsets, k_scale, seen.end, a.head_dim};
-  const CacheRows<T> v{static_cast<const T*>(a.v), offsets, v_scale, seen.end, a.head_dim};
+  const CacheRows<T> k{static_cast<const T*>(a.k), offsets, seen.end, a.head_dim};
+  const CacheRows<T> v{static_cast<const T*>(a.v), offsets, seen.end, a.head_dim};
   const int64_t depth = (a.head_dim + Product::kPerElement - 1) / Product::kPerElement;
   Product::pack_keys(k, depth, s.keys);
   const bool finite = Product::pack_values(v, s.padded, !all_see(s, seen), s.values);
@@ -321,39 +225,9 @@ void attend_tile(const Attention& a, const AttentionItem& item, State& s, int64_
   }
 }
 
-// Rounds the rows divided by their sums to the output. A row that sees no key is 0.
-inline void write_row(const Attention& a, const AttentionItem& item, int64_t row, const float* from, float sum) {
-  const AttentionSequence& sequence = *item.sequence;
-  const int64_t token = row / a.group, head = item.kv_head * a.group + row % a.group;
-  const int64_t at = ((sequence.out_token + token) * a.kv_heads * a.group + head) * a.head_dim;
-  const Keys keys = visible_keys(a, sequence, token);
-  const Vec factor = broadcast(keys.begin < keys.end ? 1.0f / sum : 0.0f);
-  with_type(a.dtype, [&](auto t) {
-    auto* to = static_cast<decltype(t)*>(a.out) + at;
-    for_vectors(a.head_dim,
-                [&](int64_t i, int64_t count) { store_some(to + i, load_some(from + i, count) * factor, count); });
-  });
-}
-
-// Has the products fetch the keys of the item from `begin` on, as many as a tile holds.
-template <typename T>
-void fetch_ahead(const Attention& a, const AttentionItem& item, int64_t begin, State& s) {
-  const Keys keys{begin, smaller(begin + kKeyTile, item.keys.end)};
-  s.ahead = Ahead{};
-  if (keys.begin < keys.end) {
-    const int64_t row_bytes = a.head_dim * static_cast<int64_t>(sizeof(T));
-    find_rows(a, item, keys, row_bytes, s.next_rows);
-    s.ahead = {static_cast<const char*>(a.k),
-               static_cast<const char*>(a.v),
-               s.next_rows,
-               s.next_rows + (keys.end - keys.begin),
-               row_bytes,
-               0};
-  }
-}
-
 template <typename Product, typename T>
-void attend_item(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch) {
+void attend_item(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch) {
+  const AttentionItem& item = *task.items;
   State s(a, item.row_end - item.row_begin, scratch);
   start_rows<Product>(a, item, s);
   // Tiles begin at multiples of kKeyTile, so that a row's result does not depend on the rows it shares the item with.
@@ -367,40 +241,41 @@ void attend_item(const Attention& a, const AttentionItem& item, const AttentionI
     }
     const Keys seen = any_visible(s, 0, s.rows);
     if (seen.begin < seen.end) {
-      if (begin + kKeyTile < item.keys.end) {
-        fetch_ahead<T>(a, item, begin + kKeyTile, s);
-      } else if (next != nullptr) {
-        fetch_ahead<T>(a, *next, next->keys.begin, s);
-      }
+      s.ahead = fetch_ahead<T>(a, task, begin + kKeyTile, next, kKeyTile, s.next_rows);
       attend_tile<Product, T>(a, item, s, begin, seen);
     }
   }
-  if (item.partial < 0) {
-    for (int64_t r = 0; r < s.rows; ++r) {
-      write_row(a, item, item.row_begin + r, s.out + r * s.padded, s.sum[r]);
-    }
-    return;
+  for (int64_t r = 0; r < s.rows; ++r) {
+    finish_row(a, item, r, s.out + r * s.padded, s.largest[r], s.sum[r]);
   }
-  const size_t bytes = static_cast<size_t>(s.rows) * sizeof(float);
-  float* partial = a.partial + item.partial;
-  __builtin_memcpy(partial, s.out, bytes * static_cast<size_t>(s.padded));
-  __builtin_memcpy(partial + s.rows * s.padded, s.largest, bytes);
-  __builtin_memcpy(partial + s.rows * (s.padded + 1), s.sum, bytes);
+}
+
+template <typename Product, typename T>
+void attend_task(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch) {
+  if (task.items->sequence->tokens == 1) {
+    attend_token<Product, T>(a, task, next, scratch);
+  } else {
+    attend_item<Product, T>(a, task, next, scratch);
+  }
 }
 
 }  // namespace
 
 #if defined(FERRUM_ATTENTION_PAIRS)
-void attend_bf16_pairs(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch) {
-  attend_item<Bf16PairProduct, BFloat16>(a, item, next, scratch);
+void attend_bf16_pairs(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch) {
+  if (a.k_scale != nullptr) {
+    attend_task<Bf16PairProduct, int8_t>(a, task, next, scratch);
+  } else {
+    attend_task<Bf16PairProduct, BFloat16>(a, task, next, scratch);
+  }
 }
 #else
-void attend(const Attention& a, const AttentionItem& item, const AttentionItem* next, float* scratch) {
+void attend(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch) {
   if (a.k_scale != nullptr) {
-    attend_item<Float32Product, int8_t>(a, item, next, scratch);
+    attend_task<Float32Product, int8_t>(a, task, next, scratch);
     return;
   }
-  with_type(a.dtype, [&](auto t) { attend_item<Float32Product, decltype(t)>(a, item, next, scratch); });
+  with_type(a.dtype, [&](auto t) { attend_task<Float32Product, decltype(t)>(a, task, next, scratch); });
 }
 
 void merge_splits(const Attention& a, const AttentionItem& item, int64_t splits) {

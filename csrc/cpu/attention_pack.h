@@ -121,17 +121,16 @@ template <typename T>
 struct CacheRows {
   const T* data;
   const int64_t* offsets;  // of each key's row, in elements
-  const float* scale;      // of each key, int8 only
   int64_t count, head_dim;
 
   // Whether the keys [key, key + keys) and their elements [d, d + elements) are all there.
   bool whole(int64_t key, int64_t keys, int64_t d, int64_t elements) const {
     return key + keys <= count && d + elements <= head_dim;
   }
-  // Elements [d, d + 16) of a key of which all are there.
+  // Elements [d, d + 16) of a key of which all are there; int8 codes without their scale.
   Vec load_whole(int64_t key, int64_t d) const {
     if constexpr (sizeof(T) == 1) {
-      return load_codes(data + offsets[key] + d, kLanes) * broadcast(scale[key]);
+      return load_codes(data + offsets[key] + d, kLanes);
     } else {
       return cpu::FERRUM_LEVEL::load(data + offsets[key] + d);
     }
@@ -143,33 +142,9 @@ struct CacheRows {
     }
     const int64_t some = smaller(head_dim - d, kLanes);
     if constexpr (sizeof(T) == 1) {
-      return load_codes(data + offsets[key] + d, some) * broadcast(scale[key]);
+      return load_codes(data + offsets[key] + d, some);
     } else {
       return load_some(data + offsets[key] + d, some);
-    }
-  }
-};
-
-// Rows of both caches that will be needed next. The products ask for one cache line of each per step of their inner
-// loop: a tile has about as many steps as lines, so that memory is read at an even pace while the processor computes.
-struct Ahead {
-  const char* k = nullptr;
-  const char* v = nullptr;
-  const int64_t* row = nullptr;  // in bytes from k and v
-  const int64_t* end = nullptr;
-  int64_t row_bytes = 0, byte = 0;
-
-  void step() {
-    if (row == end) {
-      return;
-    }
-    const int64_t at = *row + byte;
-    __builtin_prefetch(k + at, 0, 2);
-    __builtin_prefetch(v + at, 0, 2);
-    byte += 64;
-    if (byte >= row_bytes) {
-      byte = 0;
-      ++row;
     }
   }
 };
@@ -206,15 +181,15 @@ inline void pack_keys_float32(const CacheRows<T>& k, int64_t depth, float* to) {
   }
 }
 
-// Returns whether all values are finite, if it is asked to look. A panel has kKeyTile lines, of which those of the
-// tile's keys are written.
+// Returns whether all values are finite, if it is asked to look; codes always are. A panel has kKeyTile lines, of which
+// those of the tile's keys are written.
 template <typename T>
 inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, bool look, float* to) {
   FiniteProbe probe;
   for (int64_t key = 0; key < v.count; ++key) {
     for (int64_t d = 0; d < padded; d += kLanes) {
       const Vec value = v.whole(key, 1, d, kLanes) ? v.load_whole(key, d) : v.load(key, d);
-      if (look) {
+      if (sizeof(T) > 1 && look) {
         probe.see(value);
       }
       store(to + d / kPanel * kPanel * kKeyTile + key * kPanel + d % kPanel, value);
@@ -224,20 +199,50 @@ inline bool pack_values_float32(const CacheRows<T>& v, int64_t padded, bool look
 }
 
 #if defined(FERRUM_ATTENTION_PAIRS)
-// 32 elements [d, d + 32) of a key as they lie in memory, zeros behind the end of the head and behind the last key.
-inline Vec load_pairs(const CacheRows<BFloat16>& rows, int64_t key, int64_t d) {
-  if (rows.whole(key, 1, d, 2 * kLanes)) {
+// Two vectors of integers of at most 8 bits as 32 bfloat16, which hold them exactly.
+inline Vec narrow_pair(Vec low, Vec high) { return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.v, low.v))}; }
+
+// 32 elements [d, d + 32) of a key of which all are there, as bfloat16 in the order of memory.
+template <typename T>
+inline Vec load_whole_pairs(const CacheRows<T>& rows, int64_t key, int64_t d) {
+  if constexpr (sizeof(T) == 1) {
+    return narrow_pair(rows.load_whole(key, d), rows.load_whole(key, d + kLanes));
+  } else {
     return {_mm512_loadu_ps(rows.data + rows.offsets[key] + d)};
+  }
+}
+
+// The same with zeros behind the end of the head and behind the last key.
+template <typename T>
+inline Vec load_pairs(const CacheRows<T>& rows, int64_t key, int64_t d) {
+  if (rows.whole(key, 1, d, 2 * kLanes)) {
+    return load_whole_pairs(rows, key, d);
   }
   if (key >= rows.count) {
     return broadcast(0.0f);
   }
-  const int64_t some = smaller(rows.head_dim - d, 2 * kLanes);
-  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << some) - 1);
-  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows.data + rows.offsets[key] + d))};
+  if constexpr (sizeof(T) == 1) {
+    return narrow_pair(rows.load(key, d), rows.load(key, d + kLanes));
+  } else {
+    const int64_t some = smaller(rows.head_dim - d, 2 * kLanes);
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << some) - 1);
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows.data + rows.offsets[key] + d))};
+  }
 }
 
-inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* to) {
+// Element i of `first` and of `second` side by side, for all 32 of them.
+inline void interleave(Vec first, Vec second, Vec* to) {
+  const __m512i word = _mm512_set1_epi32(32 << 16);  // 32 + i is word i of the second operand
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i first_half = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), word);
+  const __m512i second_half = _mm512_add_epi32(first_half, _mm512_set1_epi32(16 << 16 | 16));
+  const __m512i a = _mm512_castps_si512(first.v), b = _mm512_castps_si512(second.v);
+  to[0] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, first_half, b))};
+  to[1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, second_half, b))};
+}
+
+template <typename T>
+inline void pack_keys_pairs(const CacheRows<T>& k, int64_t depth, float* to) {
   for (int64_t key = 0; key < k.count; key += kPanel) {
     float* panel = to + key * depth;
     for (int64_t block = 0; block < kPanel; block += kLanes) {
@@ -245,7 +250,7 @@ inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* 
         Vec rows[kLanes];
         if (k.whole(key + block, kLanes, 2 * i, 2 * kLanes)) {
           for (int64_t j = 0; j < kLanes; ++j) {
-            rows[j] = {_mm512_loadu_ps(k.data + k.offsets[key + block + j] + 2 * i)};
+            rows[j] = load_whole_pairs(k, key + block + j, 2 * i);
           }
         } else {
           for (int64_t j = 0; j < kLanes; ++j) {
@@ -262,25 +267,23 @@ inline void pack_keys_pairs(const CacheRows<BFloat16>& k, int64_t depth, float* 
 }
 
 // As pack_values_float32, with half as many lines.
-inline bool pack_values_pairs(const CacheRows<BFloat16>& v, int64_t padded, bool look, float* to) {
+template <typename T>
+inline bool pack_values_pairs(const CacheRows<T>& v, int64_t padded, bool look, float* to) {
   static_assert(kPanel == 2 * kLanes, "one load of 32 elements fills a line of a panel");
-  const __m512i word = _mm512_set1_epi32(32 << 16);  // 32 + i is word i of the second operand
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i first_half = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), word);
-  const __m512i second_half = _mm512_add_epi32(first_half, _mm512_set1_epi32(16 << 16 | 16));
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   __m512i largest = _mm512_setzero_si512();
   for (int64_t key = 0; key < v.count; key += 2) {
     for (int64_t d = 0; d < padded; d += kPanel) {
-      const __m512i first = _mm512_castps_si512(load_pairs(v, key, d).v);
-      const __m512i second = _mm512_castps_si512(load_pairs(v, key + 1, d).v);
-      if (look) {
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(first, magnitude));
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(second, magnitude));
+      const Vec first = load_pairs(v, key, d), second = load_pairs(v, key + 1, d);
+      if (sizeof(T) > 1 && look) {
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_castps_si512(first.v), magnitude));
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_castps_si512(second.v), magnitude));
       }
-      float* line = to + d * (kKeyTile / 2) + key / 2 * kPanel;
-      store(line, {_mm512_castsi512_ps(_mm512_permutex2var_epi16(first, first_half, second))});
-      store(line + kLanes, {_mm512_castsi512_ps(_mm512_permutex2var_epi16(first, second_half, second))});
+      Vec line[kTileVectors];
+      interleave(first, second, line);
+      float* at = to + d * (kKeyTile / 2) + key / 2 * kPanel;
+      store(at, line[0]);
+      store(at + kLanes, line[1]);
     }
   }
   return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;  // bits of infinity; NaN lies above

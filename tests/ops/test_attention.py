@@ -85,20 +85,23 @@ def test_prefill_and_decode(tokens, keys, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 3), (4, 1), (7, 1), (12, 2), (32, 4), (40, 1)])
-def test_group_sizes(heads, kv_heads, dtype, isa):
-    check_both(*random_sequence(3, 40, heads, kv_heads, 32, dtype), dtype=dtype)
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 3), (4, 1), (7, 1), (12, 2), (32, 4), (40, 1), (150, 1)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_group_sizes(tokens, heads, kv_heads, dtype, isa):
+    check_both(*random_sequence(tokens, 75, heads, kv_heads, 32, dtype), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [1, 2, 15, 17, 63, 80, 127, 192, 256])
-def test_head_sizes(head_dim, dtype, isa):
-    check_both(*random_sequence(2, 37, head_dim=head_dim, dtype=dtype), dtype=dtype)
+@pytest.mark.parametrize("head_dim", [1, 2, 15, 17, 63, 80, 126, 127, 192, 256, 600])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_head_sizes(tokens, head_dim, dtype, isa):
+    check_both(*random_sequence(tokens, 37, head_dim=head_dim, dtype=dtype), dtype=dtype)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_window_at_every_length(causal, isa):
-    q, k, v = random_sequence(5, 140, 2, 1, 16)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_window_at_every_length(tokens, causal, isa):
+    q, k, v = random_sequence(tokens, 140, 2, 1, 16)
     for window in (*range(12), *range(60, 70), *range(126, 142)):
         check_both(q, k, v, 0.3, causal, window)
 
@@ -180,14 +183,18 @@ def test_what_lies_behind_the_last_key_is_never_read(keys, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_pools(dtype, isa):
-    sizes = [(1, 530), (9, 41)]
-    sequences = [random_sequence(*size, head_dim=63, dtype=dtype) for size in sizes]
+@pytest.mark.parametrize("head_dim", [63, 128])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (12, 1), (8, 4)])
+def test_int8_pools(heads, kv_heads, head_dim, dtype, isa):
+    # What belongs to nobody has scales of NaN.
+    sizes = [(1, 530), (9, 41), (1, 7)]
+    sequences = [random_sequence(*size, heads, kv_heads, head_dim, dtype) for size in sizes]
     pools = paged([(k.float(), v.float()) for _, k, v in sequences], 16)
     (k_codes, k_scale), (v_codes, v_scale) = map(quantize_heads, pools[:2])
-    q, starts = torch.cat([s[0] for s in sequences]), ints(0, 1, 10)
+    assert k_scale.isnan().any()
+    q, starts = torch.cat([s[0] for s in sequences]), ints(0, 1, 10, 11)
     got = OPS.paged_attention(q, k_codes, v_codes, *pools[2:3], starts, pools[3], 0.2, True, 0, k_scale, v_scale)
-    for (q, k, v), part in zip(sequences, got.split([1, 9])):
+    for (q, k, v), part in zip(sequences, got.split([1, 9, 1])):
         k, v = ((codes * scale[..., None]) for codes, scale in map(quantize_heads, (k, v)))
         assert_close("paged_attention", part, oracle(q, k, v, 0.2), tolerance("paged_attention", dtype))
 
@@ -211,12 +218,63 @@ def test_nan_reaches_those_that_see_it_and_nobody_else(what, at, dtype, isa):
     assert_close("attention", got[unseen], clean[unseen], tolerance("attention", dtype))
 
 
-def test_infinite_scores_are_not_hidden(isa):
-    q, k, v = random_sequence(1, 5)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["query", "key", "value", "k_scale", "v_scale"])
+def test_nan_in_a_decode_reaches_its_heads(what, dtype, isa):
+    q, k, v = random_sequence(1, 100, 8, 4, dtype=dtype)
+    clean = q.clone()
+    k_cache, v_cache, tables, lens = paged([(k, v)], 16)
+    scales = (None, None)
+    if what.endswith("scale"):
+        (k_cache, k_scale), (v_cache, v_scale) = (
+            quantize_heads(pool.float().nan_to_num()) for pool in (k_cache, v_cache)
+        )
+        scales = (k_scale, v_scale)
+    block, position = tables[0, 70 // 16], 70 % 16
+    args = (k_cache, v_cache, tables, ints(0, 1), lens, 0.125, True, 0, *scales)
+    expected = OPS.paged_attention(q, *args)
+    target = {"query": q[0, 3], "key": k_cache[block, position, 1], "value": v_cache[block, position, 1]}
+    if what in target:
+        target[what][7] = torch.nan
+    else:
+        (k_scale if what == "k_scale" else v_scale)[block, position, 1] = torch.nan
+    got = OPS.paged_attention(q, *args)[0]
+    hit = torch.zeros(8, 64, dtype=torch.bool)
+    hit[3 if what == "query" else slice(2, 4), 7 if what == "value" else slice(None)] = True
+    assert torch.equal(got.isnan(), hit) and torch.equal(got[~hit], expected[0][~hit])
+    # Behind the last key nobody sees it.
+    assert OPS.paged_attention(clean, *args[:4], ints(70), *args[5:]).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_scales_of_unseen_keys_touch_nobody(dtype, isa):
+    q, k, v = random_sequence(20, 90, dtype=dtype)
+    k_cache, v_cache, tables, lens = paged([(k.float(), v.float())], 16)
+    (k_codes, k_scale), (v_codes, v_scale) = (quantize_heads(pool.nan_to_num()) for pool in (k_cache, v_cache))
+    args = (k_codes, v_codes, tables, ints(0, 20), lens, 0.2, True, 0, k_scale, v_scale)
+    clean = OPS.paged_attention(q, *args)
+    for scale in (k_scale, v_scale):
+        scale[tables[0, 80 // 16], 80 % 16] = torch.nan
+    got = OPS.paged_attention(q, *args)  # token t sees the keys up to 70 + t
+    assert got[10:].isnan().all()
+    assert_close("paged_attention", got[:10], clean[:10].double(), tolerance("paged_attention", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_scores_are_not_hidden(dtype, isa):
+    q, k, v = random_sequence(1, 5, dtype=dtype)
     k[:, 0] = -torch.inf
     q = q.abs()
     got = OPS.attention(q[None], *contiguous(k, v), ints(5), 0.125)[0, 0]
     assert got[:2].isnan().all() and got[2:].isfinite().all()
+
+
+def test_a_key_of_minus_infinity_has_no_weight(isa):
+    q, k, v = random_sequence(1, 200, 2, 1)
+    q, k[:70] = q.abs(), -torch.inf  # more than a tile of them
+    assert_close(
+        "attention", OPS.attention(q[None], *contiguous(k, v), ints(200), 0.125)[0], oracle(q, k[70:], v[70:], 0.125)
+    )
 
 
 def test_large_scores_do_not_overflow(isa):
@@ -228,15 +286,17 @@ def test_large_scores_do_not_overflow(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_result_does_not_depend_on_threads(dtype, isa):
-    sizes = [(1, 2100), (130, 700), (3, 9)]
-    sequences = [random_sequence(*size, dtype=dtype) for size in sizes]
+    # Tasks of one thread hold more heads than those of three.
+    sizes = [(1, 2100), (130, 700), (3, 9), (1, 900), (1, 1)]
+    sequences = [random_sequence(*size, heads=8, kv_heads=4, dtype=dtype) for size in sizes]
     q, pools = torch.cat([s[0] for s in sequences]), paged([s[1:] for s in sequences], 16)
+    starts = ints(*itertools.accumulate((t for t, _ in sizes), initial=0))
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(OPS.paged_attention(q, *pools[:3], ints(0, 1, 131, 134), pools[3], 0.125))
+            results.append(OPS.paged_attention(q, *pools[:3], starts, pools[3], 0.125))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)

@@ -1,0 +1,300 @@
+// Attention of single tokens. A key meets only the query heads of its group, too few rows to pay for packing tiles as
+// attention_kernels.h does: both products read the caches where they lie.
+//
+// Rows (query heads) go in groups of eight, and lane 2r + j of a vector belongs to row r. In the product with the keys
+// j counts two neighbouring floats of an operand: a key's row is broadcast 8 bytes at a time and meets all rows. In the
+// scores j counts the two keys of a pair.
+#pragma once
+
+#include "cpu/attention_rows.h"
+
+namespace ferrum::cpu::FERRUM_LEVEL {
+namespace {
+
+constexpr int64_t kGroupRows = kLanes / 2;
+constexpr float kLargest = 3.40282347e38f;  // of all that are finite
+#if defined(FERRUM_LEVEL_AVX512)
+constexpr int kScoreKeys = 8;  // keys at a time: their sums, a line of the query and a broadcast fit the registers
+#elif defined(FERRUM_LEVEL_AVX2)
+constexpr int kScoreKeys = 4;
+#else
+constexpr int kScoreKeys = 2;
+#endif
+static_assert(kDecodeTile % kScoreKeys == 0 && kScoreKeys % 2 == 0, "a tile is whole steps of pairs of keys");
+
+// broadcast_pair(from): the two floats at any address, in even and odd lanes.
+// add_pairs(a, b): a[2i] + a[2i + 1] in lane 2i, b[2i] + b[2i + 1] in lane 2i + 1.
+// swap_pairs(a): lanes 2i and 2i + 1 exchanged.
+#if defined(FERRUM_LEVEL_AVX512)
+inline Vec broadcast_pair(const char* from) {
+  int64_t pair;  // Zen 4 loads a broadcast of integers faster than one of floats
+  __builtin_memcpy(&pair, from, sizeof(pair));
+  return {_mm512_castsi512_ps(_mm512_set1_epi64(pair))};
+}
+inline Vec add_pairs(Vec a, Vec b) {
+  return {_mm512_add_ps(_mm512_mask_moveldup_ps(a.v, 0xaaaa, b.v), _mm512_mask_movehdup_ps(b.v, 0x5555, a.v))};
+}
+inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+#elif defined(FERRUM_LEVEL_AVX2)
+inline Vec broadcast_pair(const char* from) {
+  double pair;
+  __builtin_memcpy(&pair, from, sizeof(pair));
+  const __m256 both = _mm256_castpd_ps(_mm256_set1_pd(pair));
+  return {both, both};
+}
+inline __m256 add_pairs(__m256 a, __m256 b) {
+  return _mm256_add_ps(_mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa),
+                       _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa));
+}
+inline Vec add_pairs(Vec a, Vec b) { return {add_pairs(a.low, b.low), add_pairs(a.high, b.high)}; }
+inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.low, 0xb1), _mm256_permute_ps(a.high, 0xb1)}; }
+#else
+inline Vec broadcast_pair(const char* from) {
+  float pair[2];
+  __builtin_memcpy(pair, from, sizeof(pair));
+  return per_lane([&](int64_t i) { return pair[i % 2]; });
+}
+inline Vec add_pairs(Vec a, Vec b) {
+  return per_lane([&](int64_t i) { return i % 2 == 0 ? a.v[i] + a.v[i + 1] : b.v[i - 1] + b.v[i]; });
+}
+inline Vec swap_pairs(Vec a) {
+  return per_lane([&](int64_t i) { return a.v[i ^ 1]; });
+}
+#endif
+
+// What up to eight rows of one KV head carry from tile to tile.
+struct DecodeRows {
+  float* q;              // [ceil(depth / 2)][16]
+  float* out;            // [8][padded]
+  float *largest, *sum;  // [16], both lanes of a row alike
+};
+
+// The scratch of a task, and the tile at hand.
+struct DecodeState {
+  int64_t padded, chunks;  // chunks of eight rows per KV head
+  float *rows, *keys, *scores, *weights;
+  int64_t offsets[kDecodeTile], next_rows[kDecodeTile];
+  const char* key_rows[kDecodeTile];
+  float k_scale[kDecodeTile], v_scale[kDecodeTile];
+  Ahead ahead;
+
+  DecodeState(const Attention& a, const AttentionItem& item, int64_t heads, float* scratch)
+      : padded(padded_head_dim(a)), chunks((item.row_end - item.row_begin + kGroupRows - 1) / kGroupRows) {
+    rows = scratch;
+    keys = rows + heads * chunks * decode_row_floats(a);
+    scores = keys + kDecodeTile * padded;
+    weights = scores + kDecodeTile * kGroupRows;
+  }
+  DecodeRows chunk(const Attention& a, int64_t head, int64_t i) const {
+    float* const first = rows + (head * chunks + i) * decode_row_floats(a);
+    float* const q = first + kGroupRows * padded;
+    return {q, first, q + kGroupRows * padded, q + kGroupRows * padded + kLanes};
+  }
+};
+
+template <typename Product>
+void start_decode_rows(const Attention& a, const AttentionItem& item, int64_t first, float* row, DecodeRows to) {
+  const int64_t padded = padded_head_dim(a);
+  const size_t bytes = static_cast<size_t>(padded) * sizeof(float);
+  __builtin_memset(to.out, 0, kGroupRows * bytes);
+  __builtin_memset(to.q, 0, kGroupRows * bytes);
+  store(to.largest, broadcast(-__builtin_inff()));
+  store(to.sum, broadcast(0.0f));
+  for (int64_t r = 0; r < smaller(kGroupRows, item.row_end - first); ++r) {
+    const int64_t head = item.kv_head * a.group + first + r;
+    __builtin_memset(row, 0, bytes);
+    Product::load_query(a.dtype, a.q, item.sequence->q_offset + head * a.q_head_stride, a.head_dim, row);
+    for (int64_t i = 0; i < padded; i += 2) {
+      __builtin_memcpy(to.q + i / 2 * kLanes + 2 * r, row + i, 2 * sizeof(float));
+    }
+  }
+}
+
+// Fills scores [pairs of keys][16] of one chunk, not yet scaled. The two products are functions of their own so that
+// their inner loops have all registers.
+template <typename Product>
+[[gnu::noinline]] void score_keys(const DecodeRows& rows, DecodeState& s, int64_t count, int64_t steps) {
+  Ahead ahead = s.ahead;
+  for (int64_t key = 0; key < count; key += kScoreKeys) {
+    const char* from[kScoreKeys];
+    Vec sum[kScoreKeys];
+    for (int i = 0; i < kScoreKeys; ++i) {
+      from[i] = s.key_rows[key + i];
+      sum[i] = broadcast(0.0f);
+    }
+    for (int64_t step = 0; step < steps;) {
+      const int64_t line_end = smaller(step + 8, steps);  // of a cache line of each key
+      ahead.steps(line_end - step);
+      for (; step < line_end; ++step) {
+        const Vec q = load(static_cast<const float*>(rows.q + step * kLanes));
+        for (int i = 0; i < kScoreKeys; ++i) {
+          sum[i] = Product::multiply_add(broadcast_pair(from[i] + step * 8), q, sum[i]);
+        }
+      }
+    }
+    for (int i = 0; i < kScoreKeys; i += 2) {
+      store(s.scores + (key + i) * kGroupRows, add_pairs(sum[i], sum[i + 1]));
+    }
+  }
+  s.ahead = ahead;
+}
+
+// Turns the scores of `count` keys into weights and updates the largest score and the sum of each row. Returns by what
+// the results so far are to be multiplied.
+template <typename Product>
+inline Vec weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int64_t count) {
+  const Vec scale = broadcast(a.scale);
+  const auto scale_pair = [](const float* scales, int64_t key) {
+    return broadcast_pair(reinterpret_cast<const char*>(scales + key));
+  };
+  if (count % 2 != 0) {
+    for (int64_t lane = 1; lane < kLanes; lane += 2) {
+      s.scores[(count - 1) * kGroupRows + lane] = -__builtin_inff();
+    }
+    s.k_scale[count] = s.v_scale[count] = 1.0f;
+  }
+  Vec most = broadcast(-__builtin_inff());
+  for (int64_t key = 0; key < count; key += 2) {
+    Vec score = load(static_cast<const float*>(s.scores + key * kGroupRows)) * scale;
+    score = a.k_scale != nullptr ? score * scale_pair(s.k_scale, key) : score;
+    store(s.scores + key * kGroupRows, score);
+    most = max(most, score);
+  }
+  most = max(most, swap_pairs(most));
+  const Vec before = load(static_cast<const float*>(rows.largest)), largest = max(most, before);
+  // With nothing but -inf so far, any finite reference gives the weights 0 that they should have.
+  const Vec reference = max(largest, broadcast(-kLargest));
+  Vec total = broadcast(0.0f);
+  for (int64_t key = 0; key < count; key += 2) {
+    Vec weight = exp(load(static_cast<const float*>(s.scores + key * kGroupRows)) - reference);
+    total = total + weight;
+    weight = a.v_scale != nullptr ? weight * scale_pair(s.v_scale, key) : weight;
+    Product::store_weights(s.weights + key * kGroupRows / Product::kPerElement, weight);
+  }
+  const Vec correction = exp(before - reference);
+  store(rows.largest, largest);
+  store(rows.sum, load(static_cast<const float*>(rows.sum)) * correction + (total + swap_pairs(total)));
+  return correction;
+}
+
+// out = correction * out + weights * values, for `Rows` rows from `row` on.
+template <typename Product, typename T, int Rows>
+[[gnu::noinline]] void add_decode_values(const DecodeRows& rows, DecodeState& s, CacheRows<T> v, int64_t row,
+                                         const float* correction) {
+  constexpr int64_t kPerElement = Product::kPerElement;
+  const int64_t lines = (v.count + kPerElement - 1) / kPerElement;
+  const float* const all_weights = s.weights;
+  Ahead ahead = s.ahead;
+  for (int64_t d = 0; d < s.padded; d += kPanel) {
+    float* const out = rows.out + row * s.padded + d;
+    Vec sum[Rows][kTileVectors];
+    for (int r = 0; r < Rows; ++r) {
+      for (int i = 0; i < kTileVectors; ++i) {
+        sum[r][i] =
+            load(static_cast<const float*>(out + r * s.padded + i * kLanes)) * broadcast(correction[2 * (row + r)]);
+      }
+    }
+    for (int64_t line = 0; line < lines;) {
+      const int64_t some = smaller(line + 8, lines);
+      ahead.steps(2 * (some - line));
+      for (; line < some; ++line) {
+        Vec b[kTileVectors];
+        Product::load_values(v, line, d, b);
+        // Both keys of a pair in one float, or one after the other: [pair][row] or [pair][row][key].
+        const float* weights = kPerElement == 2 ? all_weights + line * kGroupRows + row
+                                                : all_weights + line / 2 * kLanes + line % 2 + 2 * row;
+        for (int r = 0; r < Rows; ++r) {
+          const Vec weight = broadcast(weights[r * (kPerElement == 2 ? 1 : 2)]);
+          for (int i = 0; i < kTileVectors; ++i) {
+            sum[r][i] = Product::multiply_add(weight, b[i], sum[r][i]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      for (int i = 0; i < kTileVectors; ++i) {
+        store(out + r * s.padded + i * kLanes, sum[r][i]);
+      }
+    }
+  }
+  s.ahead = ahead;
+}
+
+template <typename Product, typename T, int Rows>
+inline void add_some_values(const DecodeRows& rows, DecodeState& s, const CacheRows<T>& v, int64_t row, int64_t count,
+                            const float* correction) {
+  if (count == Rows) {
+    add_decode_values<Product, T, Rows>(rows, s, v, row, correction);
+  } else if constexpr (Rows > 1) {
+    add_some_values<Product, T, Rows - 1>(rows, s, v, row, count, correction);
+  }
+}
+
+// The keys whose offsets are s.offsets, of one KV head.
+template <typename Product, typename T>
+void attend_keys(const Attention& a, const AttentionItem& item, int64_t head, DecodeState& s, int64_t count) {
+  const int64_t element = head * a.head_rows * a.head_dim;
+  const CacheRows<T> k{static_cast<const T*>(a.k) + element, s.offsets, count, a.head_dim};
+  const CacheRows<T> v{static_cast<const T*>(a.v) + element, s.offsets, count, a.head_dim};
+  const int64_t depth = (a.head_dim + Product::kPerElement - 1) / Product::kPerElement;
+  // In place if the cache holds operands, and broadcasts of two floats end where the row does.
+  const bool in_place =
+      Product::kPerElement * sizeof(T) == sizeof(float) && a.head_dim % (2 * Product::kPerElement) == 0;
+  for (int64_t key = 0; key < count; ++key) {
+    float* const widened = s.keys + key * (s.padded / Product::kPerElement);
+    if (!in_place) {
+      Product::widen_key(k, key, s.padded, widened);
+    }
+    s.key_rows[key] =
+        in_place ? reinterpret_cast<const char*>(k.data + s.offsets[key]) : reinterpret_cast<const char*>(widened);
+  }
+  for (int64_t key = count; key % kScoreKeys != 0; ++key) {
+    s.key_rows[key] = s.key_rows[count - 1];
+  }
+  for (int64_t i = 0; a.k_scale != nullptr && i < count; ++i) {
+    const int64_t row = s.offsets[i] / a.head_dim + head * a.head_rows;
+    s.k_scale[i] = a.k_scale[row];
+    s.v_scale[i] = a.v_scale[row];
+  }
+  for (int64_t c = 0; c < s.chunks; ++c) {
+    DecodeRows rows = s.chunk(a, head, c);
+    score_keys<Product>(rows, s, count, (depth + 1) / 2);
+    float correction[kLanes];
+    store(correction, weigh_keys<Product>(a, rows, s, count));
+    const int64_t some = smaller(kGroupRows, item.row_end - item.row_begin - c * kGroupRows);
+    for (int64_t row = 0; row < some; row += kTileRows) {
+      add_some_values<Product, T, kTileRows>(rows, s, v, row, smaller(kTileRows, some - row), correction);
+    }
+  }
+}
+
+template <typename Product, typename T>
+void attend_token(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch) {
+  const AttentionItem* const items = task.items;
+  const AttentionItem& first = items[0];
+  const int64_t heads = task.heads;
+  DecodeState s(a, first, heads, scratch);
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      start_decode_rows<Product>(a, items[h], first.row_begin + c * kGroupRows, s.keys, s.chunk(a, h, c));
+    }
+  }
+  for (int64_t begin = first.keys.begin; begin < first.keys.end; begin += kDecodeTile) {
+    const int64_t end = smaller(begin + kDecodeTile, first.keys.end);
+    find_rows(a, first, {begin, end}, a.head_dim, s.offsets);
+    s.ahead = fetch_ahead<T>(a, task, end, next, kDecodeTile, s.next_rows);
+    for (int64_t h = 0; h < heads; ++h) {
+      attend_keys<Product, T>(a, items[h], h, s, end - begin);
+    }
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < first.row_end - first.row_begin; ++r) {
+      const DecodeRows rows = s.chunk(a, h, r / kGroupRows);
+      const int64_t i = r % kGroupRows;
+      finish_row(a, items[h], r, rows.out + i * s.padded, rows.largest[2 * i], rows.sum[2 * i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ferrum::cpu::FERRUM_LEVEL
