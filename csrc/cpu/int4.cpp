@@ -16,8 +16,8 @@ namespace {
 constexpr const char* kOp = "int4_linear";
 
 struct Linear {
-  const Int4Kernels& kernels;
-  Int4Weights weights;
+  const PackedKernels& kernels;
+  PackedWeights weights;
   ActivationLayout layout;
   FloatType type;
   int64_t rows, in_features, out_features;
@@ -52,13 +52,13 @@ void add_bias(const float* bias, int64_t rows, int64_t columns, float* panel) {
   }
 }
 
-// One task is one panel of 64 columns for one block of rows; the rows' activations stay in the second-level cache while
-// the panels pass by.
+// One task is one panel of 64 columns for one block of rows. The blocks of a panel follow each other: its weights wait
+// in the second-level cache, and a thread's run of tasks is even work even if the last block is short.
 void multiply(const Linear& p, const ActivationRows& activations) {
-  const TileKernel tiles_kernel = p.layout.int8 ? p.kernels.int8_tiles : p.kernels.full_tiles;
+  const TileKernel tiles_kernel = p.layout.int8 ? p.kernels.int4_by_int8 : p.kernels.int4_by_full;
   const int64_t tiles = int4::ceil_div(p.out_features, int4::kTileColumns);
-  const int64_t panels = int4::ceil_div(tiles, kPanelTiles);
-  const int64_t tasks = panels * int4::ceil_div(p.rows, kRowBlock);
+  const int64_t blocks = int4::ceil_div(p.rows, kRowBlock);
+  const int64_t tasks = int4::ceil_div(tiles, kPanelTiles) * blocks;
   const int64_t element = float_bytes(p.type);
   // A task smaller than about 10 us is not worth waking a thread for.
   const int64_t work = std::min(p.rows, kRowBlock) * p.weights.lines;
@@ -67,15 +67,17 @@ void multiply(const Linear& p, const ActivationRows& activations) {
     alignas(64) float panel[kRowBlock * kPanelColumns];
     int32_t row_ids[kRowBlock];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_row = task / panels * kRowBlock;
-      const int64_t rows = std::min(kRowBlock, p.rows - first_row);
-      const int64_t tile = task % panels * kPanelTiles;
+      const int64_t tile = task / blocks * kPanelTiles;
+      const int64_t block = task % blocks;
+      const int64_t first_row = p.rows * block / blocks;
+      const int64_t rows = p.rows * (block + 1) / blocks - first_row;
       const int64_t column = tile * int4::kTileColumns;
       const int64_t columns = std::min(kPanelColumns, p.out_features - column);
       for (int64_t r = 0; r < rows; ++r) {
         row_ids[r] = static_cast<int32_t>(first_row + r);
       }
-      tiles_kernel(p.weights, tile, 1, std::min(kPanelTiles, tiles - tile), activations, row_ids, rows, panel);
+      const uint8_t* next = p.weights.codes_of_tile(block + 1 < blocks ? tile : tile + kPanelTiles);
+      tiles_kernel(p.weights, tile, 1, std::min(kPanelTiles, tiles - tile), activations, row_ids, rows, next, panel);
       if (p.bias) {
         add_bias(p.bias + column, rows, columns, panel);
       }
@@ -127,7 +129,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   if (rows == 0) {
     return out;
   }
-  const Int4Kernels& kernels = int4_kernels();
+  const PackedKernels& kernels = packed_kernels();
   Scratch<float> bias_values(bias ? out_features : 0);
   if (bias) {
     kernels.to_float(bias->const_data_ptr(), float_type(*bias), out_features, bias_values.get());

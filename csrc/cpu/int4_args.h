@@ -65,8 +65,8 @@ inline void check_packed(const PackedArgument& a, const Tensor& codes, const Ten
 }
 
 // The matrix of one expert, or the only one.
-inline Int4Weights packed_weights(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                                  int64_t expert, int64_t tiles, int64_t lines, int64_t group_size) {
+inline PackedWeights packed_weights(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
+                                    int64_t expert, int64_t tiles, int64_t lines, int64_t group_size) {
   const int64_t groups = int4::ceil_div(lines * int4::kLineRows, group_size);
   const int64_t per_expert = tiles * groups * int4::kTileColumns;
   return {data<uint8_t>(codes) + expert * tiles * lines * int4::kLineBytes,
@@ -74,7 +74,8 @@ inline Int4Weights packed_weights(const Tensor& codes, const Tensor& scales, con
           zeros ? data<uint8_t>(*zeros) + expert * per_expert : nullptr,
           lines,
           groups,
-          group_size / int4::kLineRows};
+          group_size / int4::kLineRows,
+          int4::kLineBytes};
 }
 
 }  // namespace ferrum::cpu

@@ -47,14 +47,8 @@ void floats_to_halves(const float* in, int64_t count, uint16_t* out) {
 namespace ferrum::cpu {
 namespace {
 
-using int4::kLineBytes;
 using int4::kLineRows;
-using int4::kMaxGroupSize;
-using int4::kSymmetricZero;
 using int4::kTileColumns;
-
-// Far enough ahead to cover the latency of memory at the rate one core reads.
-constexpr int64_t kPrefetchBytes = 4096;
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -64,13 +58,14 @@ inline __m512i broadcast_codes(const int8_t* codes) {
   return _mm512_set1_epi32(four);
 }
 
-inline __m512 load_scales(const Int4Weights& w, int64_t at) {
+inline __m512 load_scales(const PackedWeights& w, int64_t at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.scales + at)));
 }
 
-inline __m512i load_zeros(const Int4Weights& w, int64_t at) {
+template <int Bits>
+inline __m512i load_zeros(const PackedWeights& w, int64_t at) {
   return w.zeros ? _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at)))
-                 : _mm512_set1_epi32(kSymmetricZero);
+                 : _mm512_set1_epi32(1 << (Bits - 1));
 }
 
 // acc + float(dot) * (weight_scale * activation_scale)
@@ -79,11 +74,47 @@ inline __m512 add_group(__m512 acc, __m512i dot, __m512 weight_scales, float act
   return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale));
 }
 
-// Few rows: every packed line is read once, straight into R dot products. Bound by memory for R <= 4.
-template <int R>
-FERRUM_KEEP_ACCUMULATORS void int8_direct(const Int4Weights& w, int64_t tile, const ActivationRows& rows,
-                                          const int32_t* row_ids, float* out) {
-  const __m512i low_nibbles = _mm512_set1_epi8(15);
+// The eight rows of a line: rows 0 to 3 in `even`, 4 to 7 in `odd`, four to a lane.
+template <int Bits>
+struct Line {
+  static constexpr int64_t kBytes = kLineRows * kTileColumns * Bits / 8;
+  __m512i even, odd;
+
+  explicit Line(const uint8_t* line) {
+    const __m512i first = _mm512_loadu_si512(line);
+    if constexpr (Bits == 4) {
+      const __m512i low_nibbles = _mm512_set1_epi8(15);
+      even = _mm512_and_si512(first, low_nibbles);
+      odd = _mm512_and_si512(_mm512_srli_epi16(first, 4), low_nibbles);
+    } else {
+      even = first;
+      odd = _mm512_loadu_si512(line + 64);
+    }
+  }
+};
+
+// What to prefetch while tiles are multiplied: the codes read next. Every line multiplied asks for the `step` bytes
+// that are its share, so that several blocks of rows on the same tiles use the memory evenly.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+  bool few_rows;
+
+  void prefetch(int64_t share) const {
+    const char* address = reinterpret_cast<const char*>(at + share * step);
+    if (few_rows) {  // memory is the limit: more requests wait in the second level than in the first
+      _mm_prefetch(address, _MM_HINT_T1);
+    } else {
+      _mm_prefetch(address, _MM_HINT_T0);
+    }
+  }
+};
+
+// R rows times one tile, unpacked in registers: where several blocks of rows need the tile, it waits in the first-level
+// cache and unpacking it again takes execution slots that the dot products leave free.
+template <int Bits, int R>
+FERRUM_KEEP_ACCUMULATORS void int8_block(const PackedWeights& w, int64_t tile, const ActivationRows& rows,
+                                         const int32_t* row_ids, Ahead ahead, float* out) {
   const int8_t* codes[R];
   int64_t first_group[R];
   __m512 acc[R];
@@ -94,30 +125,26 @@ FERRUM_KEEP_ACCUMULATORS void int8_direct(const Int4Weights& w, int64_t tile, co
     first_group[r] = row * rows.groups;
     acc[r] = _mm512_setzero_ps();
   }
-  const uint8_t* line = w.codes + tile * w.lines * kLineBytes;
-  int64_t first_line = 0;
+  const uint8_t* line = w.codes + tile * w.lines * Line<Bits>::kBytes;
+  int64_t i = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t at = (tile * w.groups + g) * kTileColumns;
-    const __m512i zeros = load_zeros(w, at);
+    const __m512i zeros = load_zeros<Bits>(w, at);
     __m512i low[R], high[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       low[r] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-rows.sums[first_group[r] + g]));
       high[r] = _mm512_setzero_si512();
     }
-    const int64_t last_line = min64(first_line + w.group_lines, w.lines);
-    for (int64_t i = first_line; i < last_line; ++i, line += kLineBytes) {
-      const __m512i packed = _mm512_loadu_si512(line);
-      _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
-      const __m512i even = _mm512_and_si512(packed, low_nibbles);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
+    for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += Line<Bits>::kBytes) {
+      ahead.prefetch(i);
+      const Line<Bits> weights(line);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        low[r] = _mm512_dpbusd_epi32(low[r], even, broadcast_codes(codes[r] + i * kLineRows));
-        high[r] = _mm512_dpbusd_epi32(high[r], odd, broadcast_codes(codes[r] + i * kLineRows + 4));
+        low[r] = _mm512_dpbusd_epi32(low[r], weights.even, broadcast_codes(codes[r] + i * kLineRows));
+        high[r] = _mm512_dpbusd_epi32(high[r], weights.odd, broadcast_codes(codes[r] + i * kLineRows + 4));
       }
     }
-    first_line = last_line;
     const __m512 scales = load_scales(w, at);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -130,268 +157,158 @@ FERRUM_KEEP_ACCUMULATORS void int8_direct(const Int4Weights& w, int64_t tile, co
   }
 }
 
-// One group of T tiles, unpacked to one byte per weight: step s holds rows 4s..4s+3 of the T tiles side by side.
-template <int T>
-struct Int8Panel {
-  alignas(64) uint8_t codes[kMaxGroupSize / 4][T][kLineBytes];
-  __m512 scales[T];
-  __m512i zeros[T];
-  int64_t steps;
+// A line for conversion to fp32: rows 2j and 2j + 1 have their codes at bits 0 and 8 of the lanes of words[j].
+template <int Bits>
+struct Lanes {
+  __m512i words[kLineRows / 2];
 
-  void unpack(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t g) {
-    const __m512i low_nibbles = _mm512_set1_epi8(15);
-    const int64_t first_line = g * w.group_lines;
-    const int64_t lines = min64(w.group_lines, w.lines - first_line);
-    steps = 2 * lines;
-    // What will be unpacked two groups from now: in these tiles, or at the beginning of the next panel's.
-    const int64_t ahead = g + 2 < w.groups ? 2 * w.group_lines : (T * tile_step - 1) * w.lines + 2 * w.group_lines;
-    for (int t = 0; t < T; ++t) {
-      const int64_t tile = first_tile + t * tile_step;
-      const uint8_t* line = w.codes + (tile * w.lines + first_line) * kLineBytes;
-      for (int64_t i = 0; i < lines; ++i, line += kLineBytes) {
-        _mm_prefetch(reinterpret_cast<const char*>(line + ahead * kLineBytes), _MM_HINT_T0);
-        const __m512i packed = _mm512_loadu_si512(line);
-        _mm512_store_si512(codes[2 * i][t], _mm512_and_si512(packed, low_nibbles));
-        _mm512_store_si512(codes[2 * i + 1][t], _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles));
-      }
-      const int64_t at = (tile * w.groups + g) * kTileColumns;
-      scales[t] = load_scales(w, at);
-      zeros[t] = load_zeros(w, at);
+  explicit Lanes(const uint8_t* line) {
+    const __m512i first = _mm512_loadu_si512(line);
+    const __m512i second = Bits == 4 ? _mm512_srli_epi32(first, 4) : _mm512_loadu_si512(line + 64);
+    words[0] = first;
+    words[1] = _mm512_srli_epi32(first, 16);
+    words[2] = second;
+    words[3] = _mm512_srli_epi32(second, 16);
+  }
+
+  // The bits of 2^23 and 2^15: with a code or-ed into the mantissa the number is larger by just that code.
+  static constexpr int32_t magic(int parity) { return (127 + 23 - 8 * parity) << 23; }
+
+  // Row k's codes less the zero points, exact, for biases[p] = magic(p) as a number + zero points.
+  __m512 row(int k, const __m512 (&biases)[2]) const {
+    const int parity = k % 2;
+    const __m512i mask = _mm512_set1_epi32(((1 << Bits) - 1) << 8 * parity);
+    const __m512i bits = _mm512_ternarylogic_epi32(words[k / 2], mask, _mm512_set1_epi32(magic(parity)), 0xea);
+    return _mm512_sub_ps(_mm512_castsi512_ps(bits), biases[parity]);  // bits = (word & mask) | magic
+  }
+
+  static void set_biases(__m512i zeros, __m512 (&biases)[2]) {
+    for (int parity = 0; parity < 2; ++parity) {
+      const __m512 magic_number = _mm512_castsi512_ps(_mm512_set1_epi32(magic(parity)));
+      biases[parity] = _mm512_add_ps(magic_number, _mm512_cvtepi32_ps(zeros));
     }
   }
 };
 
-// Adds one group of R rows times T tiles to out: R * T accumulators stay in registers. That needs the loops unrolled
-// early and, with GCC 12, the attribute: else half of the accumulators spill and the block takes twice the time.
-template <int R, int T>
-FERRUM_KEEP_ACCUMULATORS void int8_block(const Int8Panel<T>& panel, int64_t g, int64_t group_size,
-                                         const ActivationRows& rows, const int32_t* row_ids, int64_t first_row,
-                                         int64_t tile_step, float* out) {
-  const int8_t* codes[R];
-  int64_t group[R];
-  __m512i dot[R][T];
+// R rows kept in fp32 times T tiles. A chain of fused additions per row and column; R * T of them at once.
+template <int Bits, int R, int T>
+FERRUM_KEEP_ACCUMULATORS void full_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step,
+                                         const ActivationRows& rows, const int32_t* row_ids, Ahead ahead, float* out) {
+  const float* values[R];
+  __m512 acc[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids[first_row + r];
-    codes[r] = rows.codes + row * rows.packed_rows + g * group_size;
-    group[r] = row * rows.groups + g;
-    const __m512i sum = _mm512_set1_epi32(-rows.sums[group[r]]);
+    values[r] = rows.values + row_ids[r] * rows.packed_rows;
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      dot[r][t] = _mm512_mullo_epi32(panel.zeros[t], sum);
+      acc[r][t] = _mm512_setzero_ps();
     }
   }
-  int64_t s = 0;
-  do {
-    __m512i weights[T];
+  const int64_t tile_bytes = tile_step * w.lines * Line<Bits>::kBytes;
+  const uint8_t* line = w.codes + first_tile * w.lines * Line<Bits>::kBytes;
+  int64_t i = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    __m512 dot[R][T], biases[T][2];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      weights[t] = _mm512_load_si512(panel.codes[s][t]);
-    }
+      const int64_t at = ((first_tile + t * tile_step) * w.groups + g) * kTileColumns;
+      Lanes<Bits>::set_biases(load_zeros<Bits>(w, at), biases[t]);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i activations = broadcast_codes(codes[r] + 4 * s);
+      for (int r = 0; r < R; ++r) {
+        dot[r][t] = _mm512_setzero_ps();
+      }
+    }
+    for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += Line<Bits>::kBytes) {
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], weights[t], activations);
+        ahead.prefetch(t * w.lines + i);
+        const Lanes<Bits> lanes(line + t * tile_bytes);
+#pragma GCC unroll 8
+        for (int k = 0; k < kLineRows; ++k) {
+          const __m512 weights = lanes.row(k, biases[t]);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            dot[r][t] = _mm512_fmadd_ps(_mm512_set1_ps(values[r][i * kLineRows + k]), weights, dot[r][t]);
+          }
+        }
       }
     }
-  } while (++s < panel.steps);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m512 scales = load_scales(w, ((first_tile + t * tile_step) * w.groups + g) * kTileColumns);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        acc[r][t] = _mm512_add_ps(acc[r][t], _mm512_mul_ps(dot[r][t], scales));
+      }
+    }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      float* o = out + (first_row + r) * kPanelColumns + t * tile_step * kTileColumns;
-      const __m512 acc = g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(o);
-      _mm512_storeu_ps(o, add_group(acc, dot[r][t], panel.scales[t], rows.scales[group[r]]));
+      _mm512_storeu_ps(out + r * kPanelColumns + t * tile_step * kTileColumns, acc[r][t]);
     }
   }
 }
 
-template <int T>
-void int8_panel(const Int4Weights& w, int64_t first_tile, int64_t tile_step, const ActivationRows& rows,
-                const int32_t* row_ids, int64_t num_rows, float* out) {
-  Int8Panel<T> panel;
-  const int64_t group_size = w.group_lines * kLineRows;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    panel.unpack(w, first_tile, tile_step, g);
-    int64_t r = 0;
-    for (; r + 6 <= num_rows; r += 6) {
-      int8_block<6, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
-    }
-    switch (num_rows - r) {
-      case 5:
-        int8_block<5, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
-        break;
-      case 4:
-        int8_block<4, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
-        break;
-      case 3:
-        int8_block<3, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
-        break;
-      case 2:
-        int8_block<2, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
-        break;
-      case 1:
-        int8_block<1, T>(panel, g, group_size, rows, row_ids, r, tile_step, out);
-        break;
-      default:
-        break;
+// Calls multiply(block, tiles, tile, ahead, first row) for the tiles of a panel, `width` at a time, and for blocks of
+// at most 8 rows as equal as can be.
+template <int Bits, typename Multiply>
+void for_each_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles, int64_t width,
+                    int64_t num_rows, const uint8_t* next, const Multiply& multiply) {
+  constexpr int64_t kRows = 8;
+  const int64_t blocks = int4::ceil_div(num_rows, kRows);
+  const int64_t step = int4::ceil_div(Line<Bits>::kBytes, blocks);
+  for (int64_t t = 0; t < num_tiles;) {
+    const int64_t tiles = t + width <= num_tiles ? width : 1;
+    const int64_t tile = first_tile + t * tile_step;
+    t += tiles;
+    const uint8_t* ahead = t < num_tiles ? w.codes + (first_tile + t * tile_step) * w.lines * Line<Bits>::kBytes : next;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = num_rows * b / blocks;
+      multiply(num_rows * (b + 1) / blocks - row, tiles, tile,
+               Ahead{ahead + b * tiles * w.lines * step, step, blocks == 1}, row);
     }
   }
 }
 
-void int8_few_rows(const Int4Weights& w, int64_t tile, const ActivationRows& rows, const int32_t* row_ids,
-                   int64_t num_rows, float* out) {
-  switch (num_rows) {
-    case 8:
-      int8_direct<8>(w, tile, rows, row_ids, out);
-      break;
-    case 7:
-      int8_direct<7>(w, tile, rows, row_ids, out);
-      break;
-    case 6:
-      int8_direct<6>(w, tile, rows, row_ids, out);
-      break;
-    case 5:
-      int8_direct<5>(w, tile, rows, row_ids, out);
-      break;
-    case 4:
-      int8_direct<4>(w, tile, rows, row_ids, out);
-      break;
-    case 3:
-      int8_direct<3>(w, tile, rows, row_ids, out);
-      break;
-    case 2:
-      int8_direct<2>(w, tile, rows, row_ids, out);
-      break;
-    case 1:
-      int8_direct<1>(w, tile, rows, row_ids, out);
-      break;
-    default:
-      break;
-  }
+template <int Bits>
+void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next, float* out) {
+  using Block = void (*)(const PackedWeights&, int64_t, const ActivationRows&, const int32_t*, Ahead, float*);
+  static constexpr Block kBlocks[] = {int8_block<Bits, 1>, int8_block<Bits, 2>, int8_block<Bits, 3>,
+                                      int8_block<Bits, 4>, int8_block<Bits, 5>, int8_block<Bits, 6>,
+                                      int8_block<Bits, 7>, int8_block<Bits, 8>};
+  for_each_block<Bits>(w, first_tile, tile_step, num_tiles, 1, num_rows, next,
+                       [&](int64_t block, int64_t, int64_t tile, Ahead ahead, int64_t row) {
+                         kBlocks[block - 1](w, tile, rows, row_ids + row, ahead,
+                                            out + row * kPanelColumns + (tile - first_tile) * kTileColumns);
+                       });
 }
 
-void int8_tiles(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out) {
-  // Twice eight rows still cost less straight from the packed tile, then in the first-level cache, than unpacking it.
-  if (num_rows <= 16) {
-    const int64_t first_rows = num_rows <= 8 ? num_rows : (num_rows + 1) / 2;
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      const int64_t tile = first_tile + t * tile_step;
-      float* o = out + t * tile_step * kTileColumns;
-      int8_few_rows(w, tile, rows, row_ids, first_rows, o);
-      if (first_rows < num_rows) {
-        int8_few_rows(w, tile, rows, row_ids + first_rows, num_rows - first_rows, o + first_rows * kPanelColumns);
-      }
-    }
-    return;
-  }
-  int64_t t = 0;
-  for (; t + 4 <= num_tiles; t += 4) {
-    int8_panel<4>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows,
-                  out + t * tile_step * kTileColumns);
-  }
-  for (; t + 2 <= num_tiles; t += 2) {
-    int8_panel<2>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows,
-                  out + t * tile_step * kTileColumns);
-  }
-  if (t < num_tiles) {
-    int8_panel<1>(w, first_tile + t * tile_step, tile_step, rows, row_ids, num_rows,
-                  out + t * tile_step * kTileColumns);
-  }
-}
-
-// One group of two tiles as fp32 (code - zero): 16 KiB, half of the first-level cache.
-struct FullPanel {
-  alignas(64) float weights[kMaxGroupSize][2][kTileColumns];
-  __m512 scales[2];
-  int64_t steps;
-
-  void unpack(const Int4Weights& w, int64_t tile, int64_t slot, int64_t g) {
-    const int64_t first_line = g * w.group_lines;
-    const int64_t lines = min64(w.group_lines, w.lines - first_line);
-    steps = lines * kLineRows;
-    const int64_t at = (tile * w.groups + g) * kTileColumns;
-    const __m512i zeros = load_zeros(w, at);
-    const __m512i low_nibble = _mm512_set1_epi32(15);
-    scales[slot] = load_scales(w, at);
-    const uint8_t* line = w.codes + (tile * w.lines + first_line) * kLineBytes;
-    for (int64_t i = 0; i < lines; ++i, line += kLineBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
-      const __m512i packed = _mm512_loadu_si512(line);
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) {
-        const __m512i nibble = _mm512_and_si512(_mm512_srli_epi32(packed, k < 4 ? 8 * k : 8 * k - 28), low_nibble);
-        _mm512_store_ps(weights[8 * i + k][slot], _mm512_cvtepi32_ps(_mm512_sub_epi32(nibble, zeros)));
-      }
-    }
-  }
-};
-
-template <int R>
-void full_block(const FullPanel& panel, int64_t g, int64_t group_size, const ActivationRows& rows,
-                const int32_t* row_ids, int64_t first_row, int64_t tile_step, int64_t num_tiles, float* out) {
-  const float* values[R];
-  __m512 dot[R][2];
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids[first_row + r];
-    values[r] = rows.values + row * rows.packed_rows + g * group_size;
-    dot[r][0] = dot[r][1] = _mm512_setzero_ps();
-  }
-  for (int64_t s = 0; s < panel.steps; ++s) {
-    const __m512 first = _mm512_load_ps(panel.weights[s][0]);
-    const __m512 second = _mm512_load_ps(panel.weights[s][1]);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512 value = _mm512_set1_ps(values[r][s]);
-      dot[r][0] = _mm512_fmadd_ps(value, first, dot[r][0]);
-      dot[r][1] = _mm512_fmadd_ps(value, second, dot[r][1]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      float* o = out + (first_row + r) * kPanelColumns + t * tile_step * kTileColumns;
-      const __m512 acc = g == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(o);
-      _mm512_storeu_ps(o, _mm512_add_ps(acc, _mm512_mul_ps(dot[r][t], panel.scales[t])));
-    }
-  }
-}
-
-void full_tiles(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out) {
-  FullPanel panel;
-  const int64_t group_size = w.group_lines * kLineRows;
-  for (int64_t t = 0; t < num_tiles; t += 2) {
-    const int64_t pair = min64(2, num_tiles - t);
-    float* o = out + t * tile_step * kTileColumns;
-    for (int64_t g = 0; g < w.groups; ++g) {
-      for (int64_t slot = 0; slot < 2; ++slot) {  // a single last tile is taken twice and written once
-        panel.unpack(w, first_tile + (t + min64(slot, pair - 1)) * tile_step, slot, g);
-      }
-      int64_t r = 0;
-      for (; r + 8 <= num_rows; r += 8) {
-        full_block<8>(panel, g, group_size, rows, row_ids, r, tile_step, pair, o);
-      }
-      for (; r + 4 <= num_rows; r += 4) {
-        full_block<4>(panel, g, group_size, rows, row_ids, r, tile_step, pair, o);
-      }
-      for (; r + 2 <= num_rows; r += 2) {
-        full_block<2>(panel, g, group_size, rows, row_ids, r, tile_step, pair, o);
-      }
-      if (r < num_rows) {
-        full_block<1>(panel, g, group_size, rows, row_ids, r, tile_step, pair, o);
-      }
-    }
-  }
+template <int Bits>
+void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next, float* out) {
+  using Block = void (*)(const PackedWeights&, int64_t, int64_t, const ActivationRows&, const int32_t*, Ahead, float*);
+  static constexpr Block kBlocks[] = {full_block<Bits, 1, 1>, full_block<Bits, 2, 1>, full_block<Bits, 3, 1>,
+                                      full_block<Bits, 4, 1>, full_block<Bits, 5, 1>, full_block<Bits, 6, 1>,
+                                      full_block<Bits, 7, 1>, full_block<Bits, 8, 1>};
+  static constexpr Block kWideBlocks[] = {full_block<Bits, 1, 4>, full_block<Bits, 2, 4>};
+  // One or two chains would leave the multipliers waiting for each other's results: take four tiles side by side.
+  const int64_t width = num_rows <= 2 ? 4 : 1;
+  for_each_block<Bits>(w, first_tile, tile_step, num_tiles, width, num_rows, next,
+                       [&](int64_t block, int64_t tiles, int64_t tile, Ahead ahead, int64_t row) {
+                         const Block multiply = tiles == 1 ? kBlocks[block - 1] : kWideBlocks[block - 1];
+                         multiply(w, tile, tile_step, rows, row_ids + row, ahead,
+                                  out + row * kPanelColumns + (tile - first_tile) * kTileColumns);
+                       });
 }
 
 }  // namespace
 
-const Int4Kernels& int4_kernels_avx512() {
-  static const Int4Kernels kernels{int8_tiles,   full_tiles,     to_float,  from_float,
-                                   quantize_row, silu_mul_tiles, add_scaled};
+const PackedKernels& packed_kernels_avx512() {
+  static const PackedKernels kernels{by_int8<4>, by_full<4>,   by_int8<8>,     by_full<8>, to_float,
+                                     from_float, quantize_row, silu_mul_tiles, add_scaled};
   return kernels;
 }
 

@@ -71,20 +71,19 @@ void floats_to_halves(const float* in, int64_t count, uint16_t* out) {
 namespace ferrum::cpu {
 namespace {
 
-using int4::kLineBytes;
 using int4::kLineRows;
 using int4::kMaxGroupSize;
-using int4::kSymmetricZero;
 using int4::kTileColumns;
 
 // One group of one tile: code minus zero point, row-major, and the scales.
-template <typename T>
+template <int Bits, typename T>
 struct UnpackedGroup {
+  static constexpr int64_t kLineBytes = kLineRows * kTileColumns * Bits / 8;
   int64_t rows;
   T weights[kMaxGroupSize][kTileColumns];
   float scales[kTileColumns];
 
-  void unpack(const Int4Weights& w, int64_t tile, int64_t group) {
+  void unpack(const PackedWeights& w, int64_t tile, int64_t group) {
     const int64_t first_line = group * w.group_lines;
     const int64_t lines = w.lines - first_line < w.group_lines ? w.lines - first_line : w.group_lines;
     rows = lines * kLineRows;
@@ -92,11 +91,11 @@ struct UnpackedGroup {
     const int64_t at = (tile * w.groups + group) * kTileColumns;
     for (int64_t i = 0; i < lines; ++i, line += kLineBytes) {
       for (int64_t c = 0; c < kTileColumns; ++c) {
-        const int zero = w.zeros ? w.zeros[at + c] : kSymmetricZero;
+        const int zero = w.zeros ? w.zeros[at + c] : 1 << (Bits - 1);
         for (int64_t b = 0; b < 4; ++b) {
           const int byte = line[4 * c + b];
-          weights[8 * i + b][c] = static_cast<T>((byte & 15) - zero);
-          weights[8 * i + 4 + b][c] = static_cast<T>((byte >> 4) - zero);
+          weights[8 * i + b][c] = static_cast<T>((Bits == 4 ? byte & 15 : byte) - zero);
+          weights[8 * i + 4 + b][c] = static_cast<T>((Bits == 4 ? byte >> 4 : line[64 + 4 * c + b]) - zero);
         }
       }
     }
@@ -104,7 +103,8 @@ struct UnpackedGroup {
   }
 };
 
-void int8_group(const UnpackedGroup<int16_t>& group, const int8_t* codes, float activation_scale, float* out) {
+template <int Bits>
+void int8_group(const UnpackedGroup<Bits, int16_t>& group, const int8_t* codes, float activation_scale, float* out) {
   int32_t dot[kTileColumns] = {};
   for (int64_t k = 0; k < group.rows; ++k) {
     const int16_t code = codes[k];
@@ -118,7 +118,8 @@ void int8_group(const UnpackedGroup<int16_t>& group, const int8_t* codes, float 
 }
 
 // Multiplies and adds apart where the processor has no fused operation: a call per element would be far slower.
-void full_group(const UnpackedGroup<float>& group, const float* values, float* out) {
+template <int Bits>
+void full_group(const UnpackedGroup<Bits, float>& group, const float* values, float* out) {
   float dot[kTileColumns] = {};
   for (int64_t k = 0; k < group.rows; ++k) {
     for (int64_t c = 0; c < kTileColumns; ++c) {
@@ -135,10 +136,10 @@ void full_group(const UnpackedGroup<float>& group, const float* values, float* o
 }
 
 // Runs `multiply(unpacked group, group, activation row, out)` over tiles, groups and rows.
-template <typename T, typename Multiply>
-void for_each_group(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+template <int Bits, typename T, typename Multiply>
+void for_each_group(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
                     const int32_t* row_ids, int64_t num_rows, float* out, const Multiply& multiply) {
-  UnpackedGroup<T> unpacked;
+  UnpackedGroup<Bits, T> unpacked;
   for (int64_t t = 0; t < num_tiles; ++t) {
     float* column = out + t * tile_step * kTileColumns;
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -153,31 +154,33 @@ void for_each_group(const Int4Weights& w, int64_t first_tile, int64_t tile_step,
   }
 }
 
-void int8_tiles(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out) {
-  for_each_group<int16_t>(w, first_tile, tile_step, num_tiles, row_ids, num_rows, out,
-                          [&](const UnpackedGroup<int16_t>& unpacked, int64_t group, int64_t row, float* o) {
-                            const int8_t* codes =
-                                rows.codes + row * rows.packed_rows + group * w.group_lines * kLineRows;
-                            int8_group(unpacked, codes, rows.scales[row * rows.groups + group], o);
-                          });
+template <int Bits>
+void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
+  for_each_group<Bits, int16_t>(
+      w, first_tile, tile_step, num_tiles, row_ids, num_rows, out,
+      [&](const UnpackedGroup<Bits, int16_t>& unpacked, int64_t group, int64_t row, float* o) {
+        const int8_t* codes = rows.codes + row * rows.packed_rows + group * w.group_lines * kLineRows;
+        int8_group(unpacked, codes, rows.scales[row * rows.groups + group], o);
+      });
 }
 
-void full_tiles(const Int4Weights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out) {
-  for_each_group<float>(w, first_tile, tile_step, num_tiles, row_ids, num_rows, out,
-                        [&](const UnpackedGroup<float>& unpacked, int64_t group, int64_t row, float* o) {
-                          const float* values =
-                              rows.values + row * rows.packed_rows + group * w.group_lines * kLineRows;
-                          full_group(unpacked, values, o);
-                        });
+template <int Bits>
+void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
+  for_each_group<Bits, float>(w, first_tile, tile_step, num_tiles, row_ids, num_rows, out,
+                              [&](const UnpackedGroup<Bits, float>& unpacked, int64_t group, int64_t row, float* o) {
+                                const float* values =
+                                    rows.values + row * rows.packed_rows + group * w.group_lines * kLineRows;
+                                full_group(unpacked, values, o);
+                              });
 }
 
 }  // namespace
 
-const Int4Kernels& int4_kernels_generic() {
-  static const Int4Kernels kernels{int8_tiles,   full_tiles,     to_float,  from_float,
-                                   quantize_row, silu_mul_tiles, add_scaled};
+const PackedKernels& packed_kernels_generic() {
+  static const PackedKernels kernels{by_int8<4>, by_full<4>,   by_int8<8>,     by_full<8>, to_float,
+                                     from_float, quantize_row, silu_mul_tiles, add_scaled};
   return kernels;
 }
 

@@ -1,4 +1,5 @@
-// The int4 kernels of one instruction level, on raw pointers. No torch header here: the level files include this.
+// The kernels for packed weights of one instruction level, on raw pointers. No torch header here: the level files
+// include this.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,16 @@ namespace ferrum::cpu {
 enum class FloatType { f32, f16, bf16 };
 
 // One matrix in the layout of common/int4.h.
-struct Int4Weights {
+struct PackedWeights {
   const uint8_t* codes;
   const uint16_t* scales;  // float16 bits
-  const uint8_t* zeros;    // nullptr: every zero point is 8
+  const uint8_t* zeros;    // nullptr: every zero point is 8 (int4) or 128 (int8)
   int64_t lines;           // K_packed / 8
   int64_t groups;
   int64_t group_lines;  // group_size / 8; the last group may have fewer
+  int64_t line_bytes;   // 64 (int4) or 128 (int8)
+
+  const uint8_t* codes_of_tile(int64_t tile) const { return codes + tile * lines * line_bytes; }
 };
 
 // Activations in the order of the packed rows: int8 with one scale per group, or kept in fp32.
@@ -32,19 +36,21 @@ struct ActivationRows {
 // Columns of a panel: the row stride of what a tile kernel writes.
 constexpr int64_t kPanelTiles = 4;
 constexpr int64_t kPanelColumns = 64;
-// A tile kernel is efficient up to this many rows: its output and an unpacked panel stay in the first-level cache.
+// Rows of a panel buffer: with 64 columns it fits the first-level cache.
 constexpr int64_t kRowBlock = 48;
 
 // out[r, 16 * t * tile_step + c] = activations of row row_ids[r] times column c of tile
 // first_tile + t * tile_step, for t in [0, num_tiles); num_tiles * tile_step <= 4 or so that the columns fit the panel.
 // Groups are added in ascending order as acc + float(dot) * (weight_scale * activation_scale), each operation rounded
 // to fp32: every level and every number of rows gives the same bits for int8 activations.
-using TileKernel = void (*)(const Int4Weights& weights, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                            const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, float* out);
+// `next` is where the caller will go on reading codes, for the prefetch: the address is never read.
+using TileKernel = void (*)(const PackedWeights& weights, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+                            const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next,
+                            float* out);
 
-struct Int4Kernels {
-  TileKernel int8_tiles;
-  TileKernel full_tiles;
+struct PackedKernels {
+  // By the bits of the weights and the activations' form.
+  TileKernel int4_by_int8, int4_by_full, int8_by_int8, int8_by_full;
   // fp32, fp16 or bf16 to fp32.
   void (*to_float)(const void* in, FloatType type, int64_t count, float* out);
   // fp32 to fp32, fp16 or bf16, to nearest even.
@@ -58,13 +64,13 @@ struct Int4Kernels {
   void (*add_scaled)(const float* in, float weight, int64_t count, float* out);
 };
 
-const Int4Kernels& int4_kernels_generic();
+const PackedKernels& packed_kernels_generic();
 #if defined(__x86_64__)
-const Int4Kernels& int4_kernels_avx2();
-const Int4Kernels& int4_kernels_avx512();
+const PackedKernels& packed_kernels_avx2();
+const PackedKernels& packed_kernels_avx512();
 #endif
 
 // The kernels of active_isa().
-const Int4Kernels& int4_kernels();
+const PackedKernels& packed_kernels();
 
 }  // namespace ferrum::cpu

@@ -35,7 +35,7 @@ ExpertMatrices matrices(const Tensor& codes, const Tensor& scales, const std::op
                         const std::optional<Tensor>& perm, int64_t perm_parts, int64_t group_size) {
   const int64_t tiles = codes.size(1);
   const int64_t lines = codes.size(2);
-  const Int4Weights first = packed_weights(codes, scales, zeros, 0, tiles, lines, group_size);
+  const PackedWeights first = packed_weights(codes, scales, zeros, 0, tiles, lines, group_size);
   return {first, tiles, perm ? data<int32_t>(*perm) : nullptr, perm_parts, group_size};
 }
 
@@ -81,7 +81,7 @@ Tensor moe_experts_int4(const Tensor& hidden, const Tensor& topk_ids, const Tens
                int4::ceil_div(hidden_size, int4::kTileColumns), w2_rows / int4::kLineRows, w2_group_size);
 
   Tensor out = torch::stable::new_empty(hidden, {tokens, hidden_size});
-  ExpertBlock block{int4_kernels(),
+  ExpertBlock block{packed_kernels(),
                     int8,
                     experts,
                     hidden_size,

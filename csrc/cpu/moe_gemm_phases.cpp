@@ -52,19 +52,23 @@ struct Routing {
   }
 };
 
-// Runs f(thread, task) for every task. Threads take runs of consecutive tasks as they become free, so that neither a
-// busy core nor an expert with many rows is waited for. `bytes` is the memory the phase reads: little work stays on one
-// thread.
+// Runs f(thread, task, next) for every task, `next` being the task this thread will run then, or `tasks` after its
+// last. Threads take runs of consecutive tasks as they become free, so that neither a busy core nor an expert with many
+// rows is waited for. `bytes` is the memory the phase reads: little work stays on one thread.
 template <typename F>
 void for_each_task(int64_t tasks, int64_t run, int64_t bytes, int64_t threads, const F& f) {
   constexpr int64_t kBytesPerThread = 64 * 1024;
   const int64_t wanted = std::min({threads, int4::ceil_div(tasks, run), std::max<int64_t>(1, bytes / kBytesPerThread)});
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> unclaimed{0};
+  const auto claim = [&] { return std::min(unclaimed.fetch_add(run), tasks); };
   torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
-    for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run)) {
-      for (int64_t task = first; task < std::min(first + run, tasks); ++task) {
-        f(begin, task);
+    for (int64_t task = claim(); task < tasks;) {
+      const int64_t last = std::min(task + run, tasks) - 1;
+      for (; task < last; ++task) {
+        f(begin, task, task + 1);
       }
+      task = claim();
+      f(begin, last, task);
     }
   });
 }
@@ -92,7 +96,7 @@ GateUpInputs prepare_hidden(const ExpertBlock& block, const TokenChunk& chunk, c
   const int64_t row_bytes = width * 4;
   const Scratch<float> staging(threads * (width + layout.packed_rows));
   std::atomic<bool> valid{true};
-  for_each_task(rows, 4, rows * row_bytes, threads, [&](int64_t thread, int64_t row) {
+  for_each_task(rows, 4, rows * row_bytes, threads, [&](int64_t thread, int64_t row, int64_t) {
     float* values = staging.get() + thread * (width + layout.packed_rows);
     const int64_t token = by_row ? routing.token[row] : row;
     block.kernels.to_float(chunk.hidden + token * width * (block.type == FloatType::f32 ? 4 : 2), block.type, width,
@@ -112,27 +116,33 @@ GateUpInputs prepare_hidden(const ExpertBlock& block, const TokenChunk& chunk, c
 void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInputs& inputs, int64_t threads,
              const Scratch<float>& activated) {
   const ExpertMatrices& w13 = block.w13;
-  const TileKernel tiles_kernel = block.int8 ? block.kernels.int8_tiles : block.kernels.full_tiles;
+  const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t width = w13.tiles / 2 * int4::kTileColumns;
   const int64_t panels = int4::ceil_div(w13.tiles, kPanelTiles);
   const int64_t tasks = static_cast<int64_t>(routing.active.size()) * panels;
   const int64_t bytes = tasks * kPanelTiles * w13.first.lines * int4::kLineBytes;
   const int64_t run = std::max<int64_t>(1, tasks / (threads * 16));
   const ActivationRows parts[2] = {inputs.parts[0].view(), inputs.parts[w13.perm_parts - 1].view()};
-  for_each_task(tasks, run, bytes, threads, [&](int64_t, int64_t task) {
+  const auto codes_of = [&](int64_t task) {
+    return task == tasks ? w13.first.codes
+                         : w13.expert(routing.active[task / panels]).codes_of_tile(task % panels * kPanelTiles);
+  };
+  for_each_task(tasks, run, bytes, threads, [&](int64_t, int64_t task, int64_t next_task) {
     alignas(64) float panel[kRowBlock * kPanelColumns];
     const int64_t a = task / panels;
     const int64_t tile = task % panels * kPanelTiles;
     const int64_t tiles = std::min(kPanelTiles, w13.tiles - tile);
-    const Int4Weights weights = w13.expert(routing.active[a]);
+    const PackedWeights weights = w13.expert(routing.active[a]);
     for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
       const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
       const int32_t* row_ids = inputs.row_ids + row;
+      const uint8_t* next = codes_of(row + rows < routing.offsets[a + 1] ? task : next_task);
       if (w13.perm_parts == 1) {
-        tiles_kernel(weights, tile, 1, tiles, parts[0], row_ids, rows, panel);
+        tiles_kernel(weights, tile, 1, tiles, parts[0], row_ids, rows, next, panel);
       } else {
-        tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, panel);
-        tiles_kernel(weights, tile + 1, 2, tiles / 2, parts[1], row_ids, rows, panel + int4::kTileColumns);
+        const uint8_t* up = weights.codes_of_tile(tile + 1);
+        tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, up, panel);
+        tiles_kernel(weights, tile + 1, 2, tiles / 2, parts[1], row_ids, rows, next, panel + int4::kTileColumns);
       }
       for (int64_t r = 0; r < rows; ++r) {
         block.kernels.silu_mul_tiles(panel + r * kPanelColumns, tiles / 2,
@@ -149,7 +159,7 @@ bool prepare_activated(const ExpertBlock& block, const Routing& routing, const S
   const int64_t width = block.w13.tiles / 2 * int4::kTileColumns;
   const Scratch<float> staging(threads * w2.packed_rows());
   std::atomic<bool> valid{true};
-  for_each_task(routing.rows(), 4, routing.rows() * width * 4, threads, [&](int64_t thread, int64_t row) {
+  for_each_task(routing.rows(), 4, routing.rows() * width * 4, threads, [&](int64_t thread, int64_t row, int64_t) {
     const int32_t* perm = w2.perm_of(routing.expert[row], 0);
     if (!inputs.fill(block.kernels, row, activated.get() + row * width, block.intermediate_size, perm,
                      staging.get() + thread * w2.packed_rows())) {
@@ -180,7 +190,7 @@ void combine_panel(const ExpertBlock& block, const TokenChunk& chunk, const Rout
 void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing,
                       const ActivationRows& inputs, int64_t threads) {
   const ExpertMatrices& w2 = block.w2;
-  const TileKernel tiles_kernel = block.int8 ? block.kernels.int8_tiles : block.kernels.full_tiles;
+  const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t panels = int4::ceil_div(w2.tiles, kPanelTiles);
   const int64_t active = static_cast<int64_t>(routing.active.size());
   // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
@@ -190,18 +200,25 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
   const int64_t bytes = active * w2.tiles * w2.first.lines * int4::kLineBytes;
   const int64_t panel_floats = routing.rows() * kPanelColumns;
   const Scratch<float> products(threads * run * panel_floats);
-  for_each_task(tasks, 1, bytes, threads, [&](int64_t thread, int64_t task) {
+  for_each_task(tasks, 1, bytes, threads, [&](int64_t thread, int64_t task, int64_t next_task) {
     float* mine = products.get() + thread * run * panel_floats;
     const int64_t first = task * run;
     const int64_t last = std::min(first + run, panels);
     for (int64_t a = 0; a < active; ++a) {
-      const Int4Weights weights = w2.expert(routing.active[a]);
+      const PackedWeights weights = w2.expert(routing.active[a]);
+      // The first panel behind this expert's part of the task.
+      const PackedWeights following = w2.expert(routing.active[a + 1 < active ? a + 1 : 0]);
+      const int64_t following_panel = a + 1 < active ? first : next_task * run;
       for (int64_t p = first; p < last; ++p) {
         const int64_t tile = p * kPanelTiles;
+        const uint8_t* next = p + 1 < last ? weights.codes_of_tile(tile + kPanelTiles)
+                                           : following.codes_of_tile(following_panel * kPanelTiles);
         for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
           const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
+          const bool more_rows = row + rows < routing.offsets[a + 1];
           tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs, routing.identity.data() + row,
-                       rows, mine + (p - first) * panel_floats + row * kPanelColumns);
+                       rows, more_rows ? weights.codes_of_tile(tile) : next,
+                       mine + (p - first) * panel_floats + row * kPanelColumns);
         }
       }
     }

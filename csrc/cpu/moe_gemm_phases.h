@@ -10,15 +10,15 @@ namespace ferrum::cpu {
 
 // One of the two stacked projections.
 struct ExpertMatrices {
-  Int4Weights first;    // expert 0
+  PackedWeights first;  // expert 0
   int64_t tiles;        // of one expert
   const int32_t* perm;  // [E, perm_parts, K_packed] or nullptr
   int64_t perm_parts;
   int64_t group_size;
 
   int64_t packed_rows() const { return first.lines * int4::kLineRows; }
-  Int4Weights expert(int64_t e) const {
-    Int4Weights w = first;
+  PackedWeights expert(int64_t e) const {
+    PackedWeights w = first;
     const int64_t per_expert = tiles * w.groups * int4::kTileColumns;
     w.codes += e * tiles * w.lines * int4::kLineBytes;
     w.scales += e * per_expert;
@@ -31,7 +31,7 @@ struct ExpertMatrices {
 };
 
 struct ExpertBlock {
-  const Int4Kernels& kernels;
+  const PackedKernels& kernels;
   bool int8;
   int64_t experts, hidden_size, intermediate_size, top_k;
   FloatType type;
