@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
       "int out_features, int group_size, str activation) -> Tensor");
   m.def("int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor");
   m.def("int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size, "
+      "str activation) -> Tensor");
   m.def("kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def(

@@ -17,7 +17,7 @@ from ferrum_ops.ops.elementwise import (
 )
 from ferrum_ops.ops.gguf import gguf_dequantize, gguf_linear, gguf_moe_linear, moe_experts_gguf
 from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
-from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack
+from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack, int8_linear
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
 from ferrum_ops.ops.marlin import (
     marlin_gemm,
@@ -63,6 +63,7 @@ __all__ = [
     "int4_linear",
     "int4_pack",
     "int4_unpack",
+    "int8_linear",
     "kv_append_",
     "layer_norm",
     "marlin_gemm",

@@ -251,6 +251,7 @@ gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx,
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
 int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor
+int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()
 layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor
 marlin_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor(a!) workspace, int out_features, int group_size, int bits, str reduction, int max_sms) -> Tensor

@@ -6,6 +6,9 @@
 //   codes  uint8   [N_pad/16, K_packed/8, 64]    N_pad = N rounded up to 16
 //   scales float16 [N_pad/16, G, 16]             G = ceil(K_packed / group_size); the last group may be shorter
 //   zeros  uint8   [N_pad/16, G, 16], 0..16      absent: every zero point is 8
+// int8 weights have the same tiles and scales, a byte per code and zero points of 128: byte 4c+b of a line holds row 8i+b
+// of column c, byte 64+4c+b row 8i+4+b.
+//   codes  uint8   [N_pad/16, K_packed/8, 128]
 #pragma once
 
 #include <cstdint>
@@ -15,6 +18,7 @@ namespace ferrum::int4 {
 constexpr int64_t kTileColumns = 16;
 constexpr int64_t kLineRows = 8;
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kInt8LineBytes = 128;
 constexpr int64_t kMaxGroupSize = 128;
 constexpr int64_t kSymmetricZero = 8;
 

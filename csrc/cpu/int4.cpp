@@ -1,4 +1,5 @@
-// int4_linear on the CPU: checks, preparation of the activations, and the split of the work over the threads.
+// int4_linear and int8_linear on the CPU: checks, preparation of the activations, and the split of the work over the
+// threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,10 +14,9 @@
 namespace ferrum::cpu {
 namespace {
 
-constexpr const char* kOp = "int4_linear";
-
 struct Linear {
   const PackedKernels& kernels;
+  TileKernel multiply_tiles;
   PackedWeights weights;
   ActivationLayout layout;
   FloatType type;
@@ -55,7 +55,6 @@ void add_bias(const float* bias, int64_t rows, int64_t columns, float* panel) {
 // One task is one panel of 64 columns for one block of rows. The blocks of a panel follow each other: its weights wait
 // in the second-level cache, and a thread's run of tasks is even work even if the last block is short.
 void multiply(const Linear& p, const ActivationRows& activations) {
-  const TileKernel tiles_kernel = p.layout.int8 ? p.kernels.int4_by_int8 : p.kernels.int4_by_full;
   const int64_t tiles = int4::ceil_div(p.out_features, int4::kTileColumns);
   const int64_t blocks = int4::ceil_div(p.rows, kRowBlock);
   const int64_t tasks = int4::ceil_div(tiles, kPanelTiles) * blocks;
@@ -77,7 +76,8 @@ void multiply(const Linear& p, const ActivationRows& activations) {
         row_ids[r] = static_cast<int32_t>(first_row + r);
       }
       const uint8_t* next = p.weights.codes_of_tile(block + 1 < blocks ? tile : tile + kPanelTiles);
-      tiles_kernel(p.weights, tile, 1, std::min(kPanelTiles, tiles - tile), activations, row_ids, rows, next, panel);
+      p.multiply_tiles(p.weights, tile, 1, std::min(kPanelTiles, tiles - tile), activations, row_ids, rows, next,
+                       panel);
       if (p.bias) {
         add_bias(p.bias + column, rows, columns, panel);
       }
@@ -89,71 +89,104 @@ void multiply(const Linear& p, const ActivationRows& activations) {
   });
 }
 
-void check_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
-                  const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
-                  int64_t group_size) {
-  check_activation(kOp, "x", x);
-  FERRUM_CHECK(x.dim() >= 1, kOp, "x", "expected at least 1 dimension, got 0");
-  check_contiguous(kOp, "x", x);
-  check_group_size(kOp, "group_size", group_size);
-  FERRUM_CHECK(out_features >= 1, kOp, "out_features", "expected at least 1, got ", out_features);
-  const int64_t in_features = x.size(x.dim() - 1);
-  FERRUM_CHECK(in_features >= 1, kOp, "x", "expected at least 1 input channel, got shape ", shape_string(x));
+// The arguments of either op.
+struct Arguments {
+  const char* op;
+  const Tensor& x;
+  const Tensor& packed;
+  const Tensor& scales;
+  const std::optional<Tensor>& zeros;
+  const std::optional<Tensor>& perm;
+  const std::optional<Tensor>& bias;
+  int64_t out_features, group_size;
+  int64_t line_bytes;
+};
+
+void check_linear(const Arguments& a) {
+  check_activation(a.op, "x", a.x);
+  FERRUM_CHECK(a.x.dim() >= 1, a.op, "x", "expected at least 1 dimension, got 0");
+  check_contiguous(a.op, "x", a.x);
+  check_group_size(a.op, "group_size", a.group_size);
+  FERRUM_CHECK(a.out_features >= 1, a.op, "out_features", "expected at least 1, got ", a.out_features);
+  const int64_t in_features = a.x.size(a.x.dim() - 1);
+  FERRUM_CHECK(in_features >= 1, a.op, "x", "expected at least 1 input channel, got shape ", shape_string(a.x));
   int64_t packed_rows = int4::round_up(in_features, int4::kLineRows);
-  if (perm) {
-    check_dtype(kOp, "perm", *perm, ScalarType::Int);
-    FERRUM_CHECK(perm->dim() == 1 && perm->size(0) >= 1 && perm->size(0) % int4::kLineRows == 0, kOp, "perm",
-                 "expected shape (K_packed), a multiple of 8, got ", shape_string(*perm));
-    check_contiguous(kOp, "perm", *perm);
-    packed_rows = perm->size(0);
+  if (a.perm) {
+    check_dtype(a.op, "perm", *a.perm, ScalarType::Int);
+    FERRUM_CHECK(a.perm->dim() == 1 && a.perm->size(0) >= 1 && a.perm->size(0) % int4::kLineRows == 0, a.op, "perm",
+                 "expected shape (K_packed), a multiple of 8, got ", shape_string(*a.perm));
+    check_contiguous(a.op, "perm", *a.perm);
+    packed_rows = a.perm->size(0);
   }
-  check_packed({kOp, "packed", "scales", "zeros"}, packed, scales, zeros, -1,
-               int4::ceil_div(out_features, int4::kTileColumns), packed_rows / int4::kLineRows, group_size);
-  if (bias) {
-    check_activation(kOp, "bias", *bias);
-    check_shape(kOp, "bias", *bias, {out_features});
-    check_contiguous(kOp, "bias", *bias);
+  check_packed({a.op, "packed", "scales", "zeros", a.line_bytes}, a.packed, a.scales, a.zeros, -1,
+               int4::ceil_div(a.out_features, int4::kTileColumns), packed_rows / int4::kLineRows, a.group_size);
+  if (a.bias) {
+    check_activation(a.op, "bias", *a.bias);
+    check_shape(a.op, "bias", *a.bias, {a.out_features});
+    check_contiguous(a.op, "bias", *a.bias);
   }
+}
+
+Tensor linear(const Arguments& a, bool int8_activations, TileKernel multiply_tiles) {
+  check_linear(a);
+  const int64_t in_features = a.x.size(a.x.dim() - 1);
+  std::vector<int64_t> shape(a.x.sizes().begin(), a.x.sizes().end());
+  shape.back() = a.out_features;
+  Tensor out = torch::stable::new_empty(a.x, shape);
+  const int64_t rows = a.x.numel() / in_features;
+  if (rows == 0) {
+    return out;
+  }
+  const PackedKernels& kernels = packed_kernels();
+  Scratch<float> bias_values(a.bias ? a.out_features : 0);
+  if (a.bias) {
+    kernels.to_float(a.bias->const_data_ptr(), float_type(*a.bias), a.out_features, bias_values.get());
+  }
+  const int64_t lines = a.packed.size(1);
+  const Linear problem{
+      kernels,
+      multiply_tiles,
+      packed_weights(a.packed, a.scales, a.zeros, 0, a.packed.size(0), lines, a.group_size, a.line_bytes),
+      {int8_activations, lines * int4::kLineRows, a.group_size},
+      float_type(a.x),
+      rows,
+      in_features,
+      a.out_features,
+      data<char>(a.x),
+      a.perm ? data<int32_t>(*a.perm) : nullptr,
+      bias_values.get(),
+      mutable_data<char>(out)};
+  const ActivationBuffer activations(problem.layout, rows);
+  const bool valid = prepare_rows(problem, activations);
+  FERRUM_CHECK(valid, a.op, "perm", "expected entries from -1 to ", in_features - 1, ", got one outside");
+  multiply(problem, activations.view());
+  return out;
 }
 
 Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
                    std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                    std::string activation) {
-  const bool int8 = check_int8_activation(kOp, activation);
-  check_linear(x, packed, scales, zeros, perm, bias, out_features, group_size);
-  const int64_t in_features = x.size(x.dim() - 1);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out_features;
-  Tensor out = torch::stable::new_empty(x, shape);
-  const int64_t rows = x.numel() / in_features;
-  if (rows == 0) {
-    return out;
-  }
+  constexpr const char* op = "int4_linear";
+  const bool int8 = check_int8_activation(op, activation);
   const PackedKernels& kernels = packed_kernels();
-  Scratch<float> bias_values(bias ? out_features : 0);
-  if (bias) {
-    kernels.to_float(bias->const_data_ptr(), float_type(*bias), out_features, bias_values.get());
-  }
-  const int64_t lines = packed.size(1);
-  const Linear problem{kernels,
-                       packed_weights(packed, scales, zeros, 0, packed.size(0), lines, group_size),
-                       {int8, lines * int4::kLineRows, group_size},
-                       float_type(x),
-                       rows,
-                       in_features,
-                       out_features,
-                       data<char>(x),
-                       perm ? data<int32_t>(*perm) : nullptr,
-                       bias_values.get(),
-                       mutable_data<char>(out)};
-  const ActivationBuffer activations(problem.layout, rows);
-  const bool valid = prepare_rows(problem, activations);
-  FERRUM_CHECK(valid, kOp, "perm", "expected entries from -1 to ", in_features - 1, ", got one outside");
-  multiply(problem, activations.view());
-  return out;
+  return linear({op, x, packed, scales, zeros, perm, bias, out_features, group_size, int4::kLineBytes}, int8,
+                int8 ? kernels.int4_by_int8 : kernels.int4_by_full);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) { m.impl("int4_linear", TORCH_BOX(&int4_linear)); }
+Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
+                   int64_t out_features, int64_t group_size, std::string activation) {
+  constexpr const char* op = "int8_linear";
+  const bool int8 = check_int8_activation(op, activation);
+  const PackedKernels& kernels = packed_kernels();
+  const std::optional<Tensor> none;
+  return linear({op, x, packed, scales, none, none, bias, out_features, group_size, int4::kInt8LineBytes}, int8,
+                int8 ? kernels.int8_by_int8 : kernels.int8_by_full);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {
+  m.impl("int4_linear", TORCH_BOX(&int4_linear));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+}
 
 }  // namespace
 }  // namespace ferrum::cpu

@@ -36,12 +36,13 @@ inline void check_group_size(const char* op, const char* name, int64_t group_siz
                " (ferrum_ops.formats.int4.split_groups normalises others)");
 }
 
-// Checks codes [lead..., tiles, lines, 64], scales and zeros [lead..., tiles, G, 16]; `experts` < 0 means no leading
-// dimension. `tiles` and `lines` are what the other arguments imply.
+// Checks codes [lead..., tiles, lines, line_bytes], scales and zeros [lead..., tiles, G, 16]; `experts` < 0 means no
+// leading dimension. `tiles` and `lines` are what the other arguments imply.
 struct PackedArgument {
   const char* op;
   std::string name;  // "packed", "w13", "w2"
   std::string scales_name, zeros_name;
+  int64_t line_bytes = int4::kLineBytes;
 };
 
 inline void check_packed(const PackedArgument& a, const Tensor& codes, const Tensor& scales,
@@ -57,7 +58,7 @@ inline void check_packed(const PackedArgument& a, const Tensor& codes, const Ten
     }
     check_contiguous(a.op, name.c_str(), t);
   };
-  check(a.name, codes, ScalarType::Byte, lines, int4::kLineBytes);
+  check(a.name, codes, ScalarType::Byte, lines, a.line_bytes);
   check(a.scales_name, scales, ScalarType::Half, groups, int4::kTileColumns);
   if (zeros) {
     check(a.zeros_name, *zeros, ScalarType::Byte, groups, int4::kTileColumns);
@@ -66,16 +67,17 @@ inline void check_packed(const PackedArgument& a, const Tensor& codes, const Ten
 
 // The matrix of one expert, or the only one.
 inline PackedWeights packed_weights(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                                    int64_t expert, int64_t tiles, int64_t lines, int64_t group_size) {
+                                    int64_t expert, int64_t tiles, int64_t lines, int64_t group_size,
+                                    int64_t line_bytes = int4::kLineBytes) {
   const int64_t groups = int4::ceil_div(lines * int4::kLineRows, group_size);
   const int64_t per_expert = tiles * groups * int4::kTileColumns;
-  return {data<uint8_t>(codes) + expert * tiles * lines * int4::kLineBytes,
+  return {data<uint8_t>(codes) + expert * tiles * lines * line_bytes,
           data<uint16_t>(scales) + expert * per_expert,
           zeros ? data<uint8_t>(*zeros) + expert * per_expert : nullptr,
           lines,
           groups,
           group_size / int4::kLineRows,
-          int4::kLineBytes};
+          line_bytes};
 }
 
 }  // namespace ferrum::cpu

@@ -1,4 +1,4 @@
-"""Linear layers over int4 weights in the CPU layout ("int4_cpu", see `ferrum_ops.formats.int4`).
+"""Linear layers over int4 and int8 weights in the CPU layout (see `ferrum_ops.formats.int4` and `.int8`).
 
 T rows, K in-features, N out-features, G groups, K_packed packed rows.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ferrum_ops._library import differentiable, needs_grad, register
-from ferrum_ops.formats import gptq
+from ferrum_ops._library import differentiable, needs_grad, refuse_grad, register
+from ferrum_ops.formats import gptq, int8
 from ferrum_ops.formats import int4 as layout
 
 ACTIVATIONS = ("int8", "full")
@@ -73,6 +73,29 @@ def int4_linear(
     return torch.ops.ferrum.int4_linear(*arguments)
 
 
+def int8_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """`x @ w + bias` with symmetric int8 weights: the head of a model, where int4 is too coarse.
+
+    x float32, float16 or bfloat16 `[..., K]`, contiguous; packed uint8 `[N_pad/16, K_packed/8, 128]`
+    (`ferrum_ops.formats.int8.pack`); scales float16 `[N_pad/16, G, 16]` with G = ceil(K_packed / group_size); bias
+    `[N]` of any floating dtype. group_size is a multiple of 8 from 8 to 128; the last group may be shorter.
+
+    activation "int8" and "full" as in `int4_linear`, with the same promises about bits.
+
+    Returns `[..., N]` of x's dtype; no gradient. Raises RuntimeError naming the argument for anything else.
+    """
+    refuse_grad("int8_linear", x, bias)
+    return torch.ops.ferrum.int8_linear(x, packed, scales, bias, out_features, group_size, activation)
+
+
 def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 per group of the last dimension: codes float32 `[..., G, group_size]`, scales float32 `[..., G]`.
 
@@ -107,16 +130,28 @@ def multiply_packed(
 ) -> torch.Tensor:
     """`[M, N_pad]` in x's dtype: group by group as the kernels add them, which in float32 gives int8's very bits."""
     columns = packed.shape[0] * layout.TILE_COLUMNS
-    rows = packed.shape[1] * layout.LINE_ROWS
-    codes = layout.unpack_codes(packed, columns).to(x.dtype)
-    weight_scales = layout.unpack_groups(scales, columns).to(x.dtype)
-    zero = None if zeros is None else layout.unpack_groups(zeros, columns).to(x.dtype)
+    codes = layout.unpack_codes(packed, columns)
+    zero = layout.SYMMETRIC_ZERO if zeros is None else layout.unpack_groups(zeros, columns)
+    return multiply_codes(x, codes, layout.unpack_groups(scales, columns), zero, group_size, activation)
+
+
+def multiply_codes(
+    x: torch.Tensor,  # [M, K_packed]
+    codes: torch.Tensor,  # [K_packed, N_pad]
+    scales: torch.Tensor,  # [G, N_pad]
+    zeros: torch.Tensor | int,  # [G, N_pad], or one for all
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    """`multiply_packed` behind the unpacking."""
+    codes, weight_scales = codes.to(x.dtype), scales.to(x.dtype)
+    zero = zeros.to(x.dtype) if isinstance(zeros, torch.Tensor) else None
     if activation == "int8":
         activations, activation_scales = (t.to(x.dtype) for t in quantize_activations(x, group_size))
-    out = x.new_zeros(x.shape[0], columns)
-    for g in range(scales.shape[1]):
-        part = slice(g * group_size, min((g + 1) * group_size, rows))
-        weights = codes[part] - (layout.SYMMETRIC_ZERO if zero is None else zero[g])
+    out = x.new_zeros(x.shape[0], codes.shape[1])
+    for g in range(scales.shape[0]):
+        part = slice(g * group_size, min((g + 1) * group_size, codes.shape[0]))
+        weights = codes[part] - (zeros if zero is None else zero[g])
         if activation == "int8":
             dot = activations[:, g, : weights.shape[0]] @ weights
             out = out + dot * (weight_scales[g] * activation_scales[:, g, None])
@@ -183,6 +218,25 @@ def int4_linear_ref(
     return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
+def int8_linear_ref(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    check_activation("int8_linear", activation)
+    in_features = packed.shape[1] * layout.LINE_ROWS
+    codes = int8.unpack(packed, in_features, out_features)
+    rows = gather_channels(x.reshape(-1, x.shape[-1]).to(compute_dtype(x)), None, in_features)
+    out = multiply_codes(rows, codes, layout.unpack_groups(scales, out_features), int8.ZERO, group_size, activation)
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
 def int4_linear_backward(
     needs: Sequence[bool],
     grads: Sequence[torch.Tensor],
@@ -227,6 +281,18 @@ def int4_linear_fake(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     perm: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def int8_linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
     group_size: int,
@@ -304,6 +370,28 @@ def int4_linear_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, .
             yield x, packed, scales, zeros, perm, bias, out_features, group_size, activation
 
 
+def random_int8_matrix(
+    in_features: int, out_features: int, group_size: int, *, device: str = "cpu", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random `(packed, scales)` for tests and benchmarks; every code from 0 to 255 occurs."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (in_features, out_features), generator=g).to(torch.uint8)
+    scales = torch.rand(-(-in_features // group_size), out_features, generator=g) * 2e-3 + 5e-4
+    return int8.pack(codes).to(device), layout.pack_groups(scales.half()).to(device)
+
+
+def int8_linear_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [shape[:3] for shape in SHAPES]
+    for rows, (in_features, out_features, group_size) in zip(((1,), (3,), (7,), (2, 5), (0,)), shapes):
+        for activation in ACTIVATIONS:
+            x = torch.randn(*rows, in_features, generator=g).to(device, dtype)
+            matrix = random_int8_matrix(in_features, out_features, group_size, device=device)
+            bias = torch.randn(out_features, generator=g).to(device, dtype) if len(rows) == 2 else None
+            yield x, *matrix, bias, out_features, group_size, activation
+
+
 register("int4_pack", ref=int4_pack_ref, fake=int4_pack_fake, inputs=int4_pack_inputs)
 register("int4_unpack", ref=int4_unpack_ref, fake=int4_unpack_fake, inputs=int4_unpack_inputs)
 register("int4_linear", ref=int4_linear_ref, fake=int4_linear_fake, inputs=int4_linear_inputs)
+register("int8_linear", ref=int8_linear_ref, fake=int8_linear_fake, inputs=int8_linear_inputs)

@@ -1,16 +1,16 @@
-"""int4_pack, int4_unpack and int4_linear on every instruction level."""
+"""int4_pack, int4_unpack, int4_linear and int8_linear on every instruction level."""
 
 import pytest
 import torch
 
 import ferrum_ops
-from ferrum_ops.formats import gptq, int4
-from ferrum_ops.ops.int4 import int4_linear_ref, random_matrix
+from ferrum_ops.formats import gptq, int4, int8
+from ferrum_ops.ops.int4 import int4_linear_ref, int8_linear_ref, random_int8_matrix, random_matrix
 from ferrum_ops.testing.compare import assert_close, relative_error
 
 # Rounding activations to int8 is an error of at most half a step of max|x|/127 each: about 0.5 % for normal data.
 INT8_ERROR = 1e-2
-# Rows on both sides of every kernel's blocks: single rows, the direct and the unpacked path, several row blocks.
+# Rows on both sides of every kernel's blocks: single rows, full and partial blocks, several panel buffers.
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 49, 100)
 
 
@@ -275,3 +275,80 @@ def test_bad_pack_argument_is_named(qweight, perm, in_features, argument, messag
 def test_bad_unpack_argument_is_named(packed, perm, out_features, argument, message):
     with pytest.raises(RuntimeError, match=rf"\[int4_unpack\] {argument}: .*{message}"):
         ferrum_ops.int4_unpack(packed, perm, 64, out_features)
+
+
+INT8_SHAPES = [(256, 64, 128), (200, 40, 64), (72, 17, 8), (1000, 80, 128)]
+
+
+@pytest.mark.parametrize("activation, bound", [("full", 2e-6), ("int8", INT8_ERROR)])
+@pytest.mark.parametrize("in_features, out_features, group_size", INT8_SHAPES)
+def test_int8_equals_dequantised_product(isa, in_features, out_features, group_size, activation, bound):
+    matrix = random_int8_matrix(in_features, out_features, group_size)
+    weight = int8.dequantize(*matrix, in_features, out_features, group_size)
+    for rows in (1, 2, 9):
+        x = torch.randn(rows, in_features)
+        out = ferrum_ops.int8_linear(x, *matrix, None, out_features, group_size, activation)
+        assert_close("int8_linear", out, x.double() @ weight, bound)
+
+
+@pytest.mark.parametrize("in_features, out_features, group_size", INT8_SHAPES)
+def test_int8_has_the_references_bits_whatever_is_in_the_batch(isa, in_features, out_features, group_size):
+    matrix, x = random_int8_matrix(in_features, out_features, group_size), torch.randn(60, in_features)
+    out = ferrum_ops.int8_linear(x, *matrix, None, out_features, group_size, "int8")
+    assert torch.equal(out, int8_linear_ref(x, *matrix, None, out_features, group_size, "int8"))
+    for activation in ("int8", "full"):
+        out = ferrum_ops.int8_linear(x, *matrix, None, out_features, group_size, activation)
+        for part in (slice(0, 1), slice(3, 5), slice(20, 39)):
+            alone = ferrum_ops.int8_linear(x[part], *matrix, None, out_features, group_size, activation)
+            assert torch.equal(alone, out[part])
+
+
+def test_int8_largest_products_are_exact(isa):
+    """Every weight and activation at the end of its range: no sum saturates."""
+    for code in (0, 255):
+        packed = int8.pack(torch.full((128, 16), code, dtype=torch.uint8))
+        scales = torch.ones(1, 1, 16, dtype=torch.float16)
+        for sign in (1.0, -1.0):
+            x = torch.full((3, 128), 127.0 * sign)
+            out = ferrum_ops.int8_linear(x, packed, scales, None, 16, 128, "int8")
+            assert torch.equal(out, torch.full((3, 16), 128 * 127.0 * sign * (code - 128)))
+
+
+@pytest.mark.parametrize("in_features, out_features", [(64, 32), (37, 17), (5, 1)])
+def test_int8_pack_round_trip(in_features, out_features):
+    codes = torch.randint(0, 256, (in_features, out_features)).to(torch.uint8)
+    packed = int8.pack(codes)
+    assert packed.shape == (-(-out_features // 16), -(-in_features // 8), 128)
+    assert torch.equal(int8.unpack(packed, in_features, out_features), codes)
+    tile = packed[0].reshape(-1, 2, 16, 4)  # line, half, column, b
+    assert tile[0, 0, 0, 3] == codes[3, 0] and tile[0, 1, 0, 0] == codes[4, 0]
+
+
+def test_int8_rounding_stays_within_half_a_step():
+    weight = torch.randn(20, 200)
+    weight[3] = 0
+    codes, scales = int8.quantize_rtn(weight, 64)
+    values = int8.dequantize(int8.pack(codes), int4.pack_groups(scales), 200, 20, 64, torch.float32).T
+    steps = scales.float().T.repeat_interleave(64, dim=1)[:, :200]
+    assert ((values - weight).abs() <= 0.51 * steps + 1e-12).all()  # float16 scales add a little to the half
+    with pytest.raises(ValueError, match=r"\[quantize_rtn\] weight: expected finite values"):
+        int8.quantize_rtn(torch.full((2, 8), torch.inf), 8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 3)}, r"\[int8_linear\] packed: expected shape \(2, 1, 128\), got \(2, 2, 128\)"),
+        ({"packed": torch.ones(2, 2, 64, dtype=torch.uint8)}, r"\[int8_linear\] packed: expected shape \(2, 2, 128\)"),
+        ({"scales": torch.ones(2, 2, 16)}, r"\[int8_linear\] scales: expected Half, got Float"),
+        ({"bias": torch.ones(16)}, r"\[int8_linear\] bias: expected shape \(17\), got \(16\)"),
+        ({"group_size": 12}, r"\[int8_linear\] group_size: expected a multiple of 8 from 8 to 128, got 12"),
+        ({"activation": "int4"}, r'\[int8_linear\] activation: expected "int8" or "full", got "int4"'),
+    ],
+)
+def test_int8_linear_errors(change, message):
+    packed, scales = random_int8_matrix(16, 17, 8)
+    values = {"x": torch.ones(2, 16), "packed": packed, "scales": scales, "bias": None}
+    values |= {"out_features": 17, "group_size": 8, "activation": "full"}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ferrum.int8_linear(*(values | change).values())
