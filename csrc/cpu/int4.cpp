@@ -15,7 +15,7 @@ namespace ferrum::cpu {
 namespace {
 
 struct Linear {
-  const PackedKernels& kernels;
+  const Int4Kernels& kernels;
   TileKernel multiply_tiles;
   PackedWeights weights;
   ActivationLayout layout;
@@ -137,7 +137,7 @@ Tensor linear(const Arguments& a, bool int8_activations, TileKernel multiply_til
   if (rows == 0) {
     return out;
   }
-  const PackedKernels& kernels = packed_kernels();
+  const Int4Kernels& kernels = int4_kernels();
   Scratch<float> bias_values(a.bias ? a.out_features : 0);
   if (a.bias) {
     kernels.to_float(a.bias->const_data_ptr(), float_type(*a.bias), a.out_features, bias_values.get());
@@ -168,7 +168,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
                    std::string activation) {
   constexpr const char* op = "int4_linear";
   const bool int8 = check_int8_activation(op, activation);
-  const PackedKernels& kernels = packed_kernels();
+  const Int4Kernels& kernels = int4_kernels();
   return linear({op, x, packed, scales, zeros, perm, bias, out_features, group_size, int4::kLineBytes}, int8,
                 int8 ? kernels.int4_by_int8 : kernels.int4_by_full);
 }
@@ -177,7 +177,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
                    int64_t out_features, int64_t group_size, std::string activation) {
   constexpr const char* op = "int8_linear";
   const bool int8 = check_int8_activation(op, activation);
-  const PackedKernels& kernels = packed_kernels();
+  const Int4Kernels& kernels = int4_kernels();
   const std::optional<Tensor> none;
   return linear({op, x, packed, scales, none, none, bias, out_features, group_size, int4::kInt8LineBytes}, int8,
                 int8 ? kernels.int8_by_int8 : kernels.int8_by_full);

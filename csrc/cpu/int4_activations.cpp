@@ -6,7 +6,7 @@
 
 namespace ferrum::cpu {
 
-bool ActivationBuffer::fill(const PackedKernels& kernels, int64_t row, const float* in, int64_t in_features,
+bool ActivationBuffer::fill(const Int4Kernels& kernels, int64_t row, const float* in, int64_t in_features,
                             const int32_t* perm, float* staging) const {
   const int64_t packed = layout_.packed_rows;
   float* ordered = layout_.int8 ? staging : values_.get() + row * packed;
@@ -32,18 +32,18 @@ bool ActivationBuffer::fill(const PackedKernels& kernels, int64_t row, const flo
   return valid;
 }
 
-const PackedKernels& packed_kernels() {
+const Int4Kernels& int4_kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
     case Isa::avx512:
-      return packed_kernels_avx512();
+      return int4_kernels_avx512();
     case Isa::avx2:
-      return packed_kernels_avx2();
+      return int4_kernels_avx2();
     case Isa::generic:
       break;
   }
 #endif
-  return packed_kernels_generic();
+  return int4_kernels_generic();
 }
 
 }  // namespace ferrum::cpu

@@ -57,7 +57,7 @@ class ActivationBuffer {
   // Prepares one row of `in_features` fp32 values. `perm` holds the input channel of every packed row, -1 for padding;
   // without it the order is kept. `staging` has room for packed_rows values. Returns false when an entry of `perm` lies
   // outside [-1, in_features); it is then read as padding.
-  bool fill(const PackedKernels& kernels, int64_t row, const float* in, int64_t in_features, const int32_t* perm,
+  bool fill(const Int4Kernels& kernels, int64_t row, const float* in, int64_t in_features, const int32_t* perm,
             float* staging) const;
 
   ActivationRows view() const {

@@ -284,9 +284,9 @@ void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int6
 
 }  // namespace
 
-const PackedKernels& packed_kernels_avx2() {
-  static const PackedKernels kernels{by_int8<4>, by_full<4>,   by_int8<8>,     by_full<8>, to_float,
-                                     from_float, quantize_row, silu_mul_tiles, add_scaled};
+const Int4Kernels& int4_kernels_avx2() {
+  static const Int4Kernels kernels{by_int8<4>, by_full<4>,   by_int8<8>,     by_full<8>, to_float,
+                                   from_float, quantize_row, silu_mul_tiles, add_scaled};
   return kernels;
 }
 

@@ -1,5 +1,5 @@
-// The kernels for packed weights of one instruction level, on raw pointers. No torch header here: the level files
-// include this.
+// The kernels for int4 and int8 weights of one instruction level, on raw pointers. No torch header here: the level
+// files include this.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ using TileKernel = void (*)(const PackedWeights& weights, int64_t first_tile, in
                             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next,
                             float* out);
 
-struct PackedKernels {
+struct Int4Kernels {
   // By the bits of the weights and the activations' form.
   TileKernel int4_by_int8, int4_by_full, int8_by_int8, int8_by_full;
   // fp32, fp16 or bf16 to fp32.
@@ -64,13 +64,13 @@ struct PackedKernels {
   void (*add_scaled)(const float* in, float weight, int64_t count, float* out);
 };
 
-const PackedKernels& packed_kernels_generic();
+const Int4Kernels& int4_kernels_generic();
 #if defined(__x86_64__)
-const PackedKernels& packed_kernels_avx2();
-const PackedKernels& packed_kernels_avx512();
+const Int4Kernels& int4_kernels_avx2();
+const Int4Kernels& int4_kernels_avx512();
 #endif
 
 // The kernels of active_isa().
-const PackedKernels& packed_kernels();
+const Int4Kernels& int4_kernels();
 
 }  // namespace ferrum::cpu

@@ -81,7 +81,7 @@ Tensor moe_experts_int4(const Tensor& hidden, const Tensor& topk_ids, const Tens
                int4::ceil_div(hidden_size, int4::kTileColumns), w2_rows / int4::kLineRows, w2_group_size);
 
   Tensor out = torch::stable::new_empty(hidden, {tokens, hidden_size});
-  ExpertBlock block{packed_kernels(),
+  ExpertBlock block{int4_kernels(),
                     int8,
                     experts,
                     hidden_size,

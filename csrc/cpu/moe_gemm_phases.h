@@ -31,7 +31,7 @@ struct ExpertMatrices {
 };
 
 struct ExpertBlock {
-  const PackedKernels& kernels;
+  const Int4Kernels& kernels;
   bool int8;
   int64_t experts, hidden_size, intermediate_size, top_k;
   FloatType type;
