@@ -1,11 +1,10 @@
 // The kernels of the routing family. No torch here.
 #pragma once
 
+#include "common/moe.h"
 #include "cpu/simd.h"
 
 namespace ferrum::cpu {
-
-constexpr int64_t kMaxExperts = 1024;
 
 // Logits [tokens, num_experts] with a row stride in elements; contiguous ids and weights [tokens, top_k].
 struct RouteRows {

@@ -3,27 +3,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks/tensor.h"
+#include "checks/moe_routing.h"
 
 namespace ferrum::cpu {
 namespace {
-
-// The tile of Metal's grouped product: one threadgroup per 32 rows and 64 output columns of an expert.
-constexpr int32_t kDispatchRows = 32;
-constexpr int64_t kDispatchColumns = 64;
-
-void check_ids(const char* op, const Tensor& topk_ids, int64_t num_experts) {
-  check_dtype(op, "topk_ids", topk_ids, ScalarType::Int);
-  FERRUM_CHECK(topk_ids.dim() == 2, op, "topk_ids", "expected shape (tokens, top_k), got ", shape_string(topk_ids));
-  check_contiguous(op, "topk_ids", topk_ids);
-  FERRUM_CHECK(num_experts >= 1, op, "num_experts", "expected at least 1, got ", num_experts);
-}
 
 bool inside(int32_t id, int64_t num_experts) { return id >= 0 && id < num_experts; }
 
@@ -50,7 +38,7 @@ void number_pairs(const int32_t* ids, int64_t pairs, int64_t num_experts, std::v
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_build_pairs_by_token(const Tensor& topk_ids, int64_t num_experts) {
-  check_ids("moe_build_pairs_by_token", topk_ids, num_experts);
+  check_topk_ids("moe_build_pairs_by_token", topk_ids, num_experts);
   const int64_t pairs = topk_ids.numel(), top_k = topk_ids.size(1);
   const int32_t* ids = data<int32_t>(topk_ids);
   Tensor pairs_by_token = torch::stable::new_empty(topk_ids, {pairs});
@@ -73,30 +61,12 @@ std::tuple<Tensor, Tensor, Tensor> moe_build_pairs_by_token(const Tensor& topk_i
   return {pairs_by_token, packed_token_idx, expert_offsets};
 }
 
-const int32_t* check_expert_map(const char* op, const std::optional<Tensor>& expert_map, int64_t num_experts) {
-  if (!expert_map.has_value()) {
-    return nullptr;
-  }
-  check_dtype(op, "expert_map", *expert_map, ScalarType::Int);
-  check_shape(op, "expert_map", *expert_map, {num_experts});
-  check_contiguous(op, "expert_map", *expert_map);
-  return data<int32_t>(*expert_map);
-}
-
 std::tuple<Tensor, Tensor, Tensor> moe_align_block_size(const Tensor& topk_ids, int64_t num_experts, int64_t block_size,
                                                         bool pair_ids, const std::optional<Tensor>& expert_map) {
-  const char* op = "moe_align_block_size";
-  check_ids(op, topk_ids, num_experts);
-  constexpr int64_t kBlockSizes[] = {8, 16, 32, 48, 64, 128};
-  FERRUM_CHECK(std::count(std::begin(kBlockSizes), std::end(kBlockSizes), block_size) == 1, op, "block_size",
-               "expected one of (8, 16, 32, 48, 64, 128), got ", block_size);
-  const int32_t* map = check_expert_map(op, expert_map, num_experts);
+  const AlignArguments a = check_align(topk_ids, num_experts, block_size, expert_map);
   const int32_t* ids = data<int32_t>(topk_ids);
-  const int64_t pairs = topk_ids.numel();
-  const int64_t bound = std::min(pairs * block_size, pairs + num_experts * (block_size - 1));
-  const int64_t blocks = (bound + block_size - 1) / block_size;
-  FERRUM_CHECK(blocks * block_size <= std::numeric_limits<int32_t>::max(), op, "topk_ids",
-               "expected entries that int32 can count, got ", blocks * block_size);
+  const int32_t* map = a.expert_map;
+  const int64_t pairs = topk_ids.numel(), blocks = a.blocks;
   Tensor sorted_token_ids = torch::stable::new_empty(topk_ids, {blocks * block_size});
   Tensor block_ids = torch::stable::new_empty(topk_ids, {blocks});
   Tensor total_post_pad = torch::stable::new_empty(topk_ids, {1});
@@ -138,11 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_align_block_size(const Tensor& topk_ids, 
 
 std::tuple<Tensor, Tensor, Tensor> moe_compute_ids_tpe(const Tensor& topk_ids, int64_t num_experts,
                                                        std::vector<int64_t> out_features) {
-  const char* op = "moe_compute_ids_tpe";
-  check_ids(op, topk_ids, num_experts);
-  for (int64_t features : out_features) {
-    FERRUM_CHECK(features >= 1, op, "out_features", "expected at least 1, got ", features);
-  }
+  check_ids_tpe(topk_ids, num_experts, out_features);
   const int64_t pairs = topk_ids.numel(), products = static_cast<int64_t>(out_features.size());
   const int32_t* ids = data<int32_t>(topk_ids);
   Tensor tokens_per_expert = torch::stable::new_empty(topk_ids, {num_experts});

@@ -8,25 +8,13 @@
 #include <optional>
 #include <vector>
 
-#include "checks/rows.h"
+#include "checks/sampling.h"
 
 namespace ferrum::cpu {
 namespace {
 
 // A row is cut into spans of this many columns, so that all threads work on the vocabulary of a single token.
 constexpr int64_t kSpan = 32768;
-
-void check_mask(const char* op, const Tensor& mask, const Tensor& logits, LogitRows& rows) {
-  check_dtype(op, "mask", mask, ScalarType::Bool);
-  const bool shared = mask.dim() == 1;
-  const bool matches = shared ? mask.size(0) == logits.size(1)
-                              : mask.dim() == 2 && mask.size(0) == logits.size(0) && mask.size(1) == logits.size(1);
-  FERRUM_CHECK(matches, op, "mask", "expected shape (", logits.size(1), ",) or ", shape_string(logits), ", got ",
-               shape_string(mask));
-  check_last_contiguous(op, "mask", mask);
-  rows.mask = data<uint8_t>(mask);
-  rows.mask_stride = shared ? 0 : mask.stride(0);
-}
 
 // What stands for a row without a finite value that may be chosen: its first allowed column, or -1.
 int64_t first_allowed(const LogitRows& rows, int64_t row) {
@@ -43,19 +31,15 @@ int64_t first_allowed(const LogitRows& rows, int64_t row) {
 }
 
 Tensor argmax_rows(const Tensor& logits, const std::optional<Tensor>& mask) {
-  const char* op = "argmax_rows";
+  const LogitArguments a = check_argmax(logits, mask);
+  const int64_t tokens = a.tokens;
   LogitRows rows{};
-  rows.dtype = activation_dtype(op, "logits", logits);
-  FERRUM_CHECK(logits.dim() == 2 && logits.size(1) >= 1, op, "logits",
-               "expected shape (tokens, vocabulary) with at least 1 column, got ", shape_string(logits));
-  check_last_contiguous(op, "logits", logits);
-  const int64_t tokens = logits.size(0);
-  rows.size = logits.size(1);
-  if (mask.has_value()) {
-    check_mask(op, *mask, logits, rows);
-  }
+  rows.dtype = a.dtype;
+  rows.size = a.size;
+  rows.mask = a.mask;
+  rows.mask_stride = a.mask_stride;
   rows.logits = logits.const_data_ptr();
-  rows.logits_stride = logits.stride(0);
+  rows.logits_stride = a.stride;
   Tensor out = torch::stable::new_empty(logits, {tokens}, ScalarType::Long);
 
   const int64_t spans = (rows.size + kSpan - 1) / kSpan;
@@ -81,11 +65,7 @@ Tensor argmax_rows(const Tensor& logits, const std::optional<Tensor>& mask) {
 }
 
 // int32 or int64 elements as int64.
-std::vector<int64_t> check_integers(const char* op, const char* name, const Tensor& t) {
-  FERRUM_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, name,
-               "expected int32 or int64, got ", torch::headeronly::toString(t.scalar_type()));
-  FERRUM_CHECK(t.dim() == 1, op, name, "expected 1 dimension, got ", t.dim());
-  check_contiguous(op, name, t);
+std::vector<int64_t> integers(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Int) {
     return {data<int32_t>(t), data<int32_t>(t) + t.numel()};
   }
@@ -103,18 +83,11 @@ void check_offsets(const char* op, const std::vector<int64_t>& offsets, int64_t 
 
 void repetition_penalty_(const Tensor& logits, const Tensor& ids, const Tensor& offsets, const Tensor& penalty) {
   const char* op = "repetition_penalty_";
-  const Dtype dtype = activation_dtype(op, "logits", logits);
-  FERRUM_CHECK(logits.dim() == 2, op, "logits", "expected shape (tokens, vocabulary), got ", shape_string(logits));
-  check_last_contiguous(op, "logits", logits);
-  const int64_t tokens = logits.size(0), size = logits.size(1), stride = logits.stride(0);
-  check_rows_apart(op, "logits", logits, {logits.numel() == 0 ? 0 : tokens, size, stride});
-  std::vector<int64_t> listed = check_integers(op, "ids", ids);
-  const std::vector<int64_t> first = check_integers(op, "offsets", offsets);
-  check_shape(op, "offsets", offsets, {tokens + 1});
+  const LogitArguments a = check_penalty(logits, ids, offsets, penalty);
+  const int64_t tokens = a.tokens, size = a.size;
+  std::vector<int64_t> listed = integers(ids);
+  const std::vector<int64_t> first = integers(offsets);
   check_offsets(op, first, ids.numel());
-  check_dtype(op, "penalty", penalty, ScalarType::Float);
-  check_shape(op, "penalty", penalty, {tokens});
-  check_contiguous(op, "penalty", penalty);
   const float* penalties = data<float>(penalty);
   for (int64_t row = 0; row < tokens; ++row) {
     FERRUM_CHECK(!(penalties[row] <= 0.0f), op, "penalty", "expected positive values, got ", penalties[row],
@@ -132,7 +105,7 @@ void repetition_penalty_(const Tensor& logits, const Tensor& ids, const Tensor& 
           int64_t* const start = listed.data() + first[static_cast<size_t>(row)];
           int64_t* const stop = listed.data() + first[static_cast<size_t>(row) + 1];
           const int64_t* kept = std::remove_if(start, stop, [&](int64_t id) { return id < 0 || id >= size; });
-          kernel(rows + row * stride * element_size(dtype), dtype, start, kept - start, penalties[row],
+          kernel(rows + row * a.stride * element_size(a.dtype), a.dtype, start, kept - start, penalties[row],
                  values.data() + (start - listed.data()));
         }
       });

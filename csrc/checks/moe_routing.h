@@ -1,0 +1,73 @@
+// Argument checks of the routing family.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "checks/rows.h"
+#include "common/moe.h"
+
+namespace ferrum {
+
+struct RouteArguments {
+  int64_t tokens, num_experts, top_k, logits_stride;
+  Dtype dtype;
+};
+
+inline RouteArguments check_route(const Tensor& logits, int64_t top_k) {
+  const char* op = "route_topk_softmax";
+  const Dtype dtype = activation_dtype(op, "logits", logits);
+  FERRUM_CHECK(logits.dim() == 2 && logits.size(1) <= kMaxExperts, op, "logits",
+               "expected shape (tokens, experts) with at most ", kMaxExperts, " experts, got ", shape_string(logits));
+  check_last_contiguous(op, "logits", logits);
+  const int64_t num_experts = logits.size(1);
+  FERRUM_CHECK(top_k >= 1 && top_k <= num_experts, op, "top_k", "expected 1 <= top_k <= ", num_experts, ", got ",
+               top_k);
+  return {logits.size(0), num_experts, top_k, logits.stride(0), dtype};
+}
+
+inline void check_topk_ids(const char* op, const Tensor& topk_ids, int64_t num_experts) {
+  check_dtype(op, "topk_ids", topk_ids, ScalarType::Int);
+  FERRUM_CHECK(topk_ids.dim() == 2, op, "topk_ids", "expected shape (tokens, top_k), got ", shape_string(topk_ids));
+  check_contiguous(op, "topk_ids", topk_ids);
+  FERRUM_CHECK(num_experts >= 1, op, "num_experts", "expected at least 1, got ", num_experts);
+}
+
+struct AlignArguments {
+  const int32_t* expert_map;  // null without one
+  int64_t blocks;             // that no routing of as many pairs exceeds
+};
+
+inline AlignArguments check_align(const Tensor& topk_ids, int64_t num_experts, int64_t block_size,
+                                  const std::optional<Tensor>& expert_map) {
+  const char* op = "moe_align_block_size";
+  check_topk_ids(op, topk_ids, num_experts);
+  constexpr int64_t kBlockSizes[] = {8, 16, 32, 48, 64, 128};
+  FERRUM_CHECK(std::count(std::begin(kBlockSizes), std::end(kBlockSizes), block_size) == 1, op, "block_size",
+               "expected one of (8, 16, 32, 48, 64, 128), got ", block_size);
+  AlignArguments a{};
+  if (expert_map.has_value()) {
+    check_dtype(op, "expert_map", *expert_map, ScalarType::Int);
+    check_shape(op, "expert_map", *expert_map, {num_experts});
+    check_contiguous(op, "expert_map", *expert_map);
+    a.expert_map = data<int32_t>(*expert_map);
+  }
+  const int64_t pairs = topk_ids.numel();
+  const int64_t bound = std::min(pairs * block_size, pairs + num_experts * (block_size - 1));
+  a.blocks = (bound + block_size - 1) / block_size;
+  FERRUM_CHECK(a.blocks * block_size <= std::numeric_limits<int32_t>::max(), op, "topk_ids",
+               "expected entries that int32 can count, got ", a.blocks * block_size);
+  return a;
+}
+
+inline void check_ids_tpe(const Tensor& topk_ids, int64_t num_experts, const std::vector<int64_t>& out_features) {
+  const char* op = "moe_compute_ids_tpe";
+  check_topk_ids(op, topk_ids, num_experts);
+  for (int64_t features : out_features) {
+    FERRUM_CHECK(features >= 1, op, "out_features", "expected at least 1, got ", features);
+  }
+}
+
+}  // namespace ferrum
