@@ -26,7 +26,7 @@ def argmax_rows(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch
         int64 `[T]`.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides.
+        RuntimeError: other dtypes, shapes or strides; on CUDA also n above 2^31 - 1.
     """
     return torch.ops.ferrum.argmax_rows(logits, mask)
 
@@ -103,7 +103,10 @@ def repetition_penalty_(logits: torch.Tensor, ids: torch.Tensor, offsets: torch.
 
     Raises:
         RuntimeError: other dtypes, shapes or strides, or logits that require grad while autograd is on; on CPU also
-            offsets and penalties that break the rules above. (On other devices an id that no row owns is skipped.)
+            offsets and penalties that break the rules above.
+
+    On other devices the host cannot see values: offsets are cut to `[0, L]` there, a row whose list ends before it
+    starts has none, and one whose penalty is not positive is left alone.
     """
     refuse_grad("repetition_penalty_", logits)
     torch.ops.ferrum.repetition_penalty_(logits, ids, offsets, penalty)
@@ -143,21 +146,16 @@ def repetition_penalty__ref(
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_penalty_values(ids, offsets, penalty)
     tokens, size = logits.shape
-    if logits.numel() == 0:
-        return
     entries = torch.arange(ids.numel(), device=ids.device)
-    rows = torch.searchsorted(offsets[1:].contiguous().long(), entries, right=True)
-    owned, rows = rows < tokens, rows.clamp(max=tokens - 1)
-    inside = owned & (ids >= 0) & (ids < size)
-    columns = torch.where(inside, ids, 0).long()
-    value = logits[rows, columns].to(compute_dtype(logits.dtype))
-    factor = penalty[rows].to(value.dtype)
+    owned = (entries >= offsets[:-1, None]) & (entries < offsets[1:, None])
+    # Entries that count for nothing go to a column behind the last one.
+    columns = torch.where(owned & (ids >= 0) & (ids < size), ids, size).long()
+    listed = torch.zeros(tokens, size + 1, dtype=torch.bool, device=ids.device).scatter(1, columns, True)[:, :size]
+    value = logits.to(compute_dtype(logits.dtype))
+    factor = penalty[:, None].to(value.dtype)
     penalized = torch.where(value > 0, value / factor, value * factor).to(logits.dtype)
-    changed = inside & torch.isfinite(value) & torch.isfinite(factor) & (factor != 1)
-    # What stays as it is goes to an element behind the last row.
-    places = torch.where(changed, rows * size + columns, tokens * size)
-    flat = torch.cat((logits.flatten(), logits.new_zeros(1))).scatter(0, places, penalized)
-    logits.copy_(flat[:-1].view(tokens, size))
+    changed = listed & torch.isfinite(value) & torch.isfinite(factor) & (factor > 0) & (factor != 1)
+    logits.copy_(torch.where(changed, penalized, logits))
 
 
 def repetition_penalty__fake(
