@@ -28,7 +28,8 @@
   extern __shared__ __align__(16) unsigned char ferrum_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(ferrum_shared_bytes)
 #else
-#define FERRUM_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::ferrum::emulation::dynamic_shared())
+#define FERRUM_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(::ferrum::emulation::dynamic_shared())
 #endif
 
 namespace ferrum::cuda {

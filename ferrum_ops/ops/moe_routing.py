@@ -109,7 +109,7 @@ def moe_build_pairs_by_token(
         - expert_offsets int32 `[E+1]`: expert e owns packed rows `[offsets[e], offsets[e+1])`.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides, or E < 1.
+        RuntimeError: other dtypes, shapes or strides, or E < 1; on CUDA also E > 49152.
     """
     return torch.ops.ferrum.moe_build_pairs_by_token(topk_ids, num_experts)
 
@@ -196,7 +196,7 @@ def moe_align_block_size(
         - total_post_pad int32 `[1]`: how many of sorted_token_ids belong to blocks.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides, another block size, or E < 1.
+        RuntimeError: other dtypes, shapes or strides, another block size, or E < 1; on CUDA also E > 49152.
     """
     return torch.ops.ferrum.moe_align_block_size(topk_ids, num_experts, block_size, pair_ids, expert_map)
 
