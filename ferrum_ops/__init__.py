@@ -1,5 +1,6 @@
 """Ferrum's ops: `torch.ops.ferrum.*` and the functions that document them."""
 
+from ferrum_ops import triton
 from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_isa
 from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.ops.activation import gelu_tanh_mul, silu_mul, silu_mul_out
@@ -39,6 +40,8 @@ from ferrum_ops.ops.moe_routing import (
 from ferrum_ops.ops.norm import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
 from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope, split_qkv_norm_rope_paged_
 from ferrum_ops.ops.sampling import argmax_rows, repetition_penalty_
+
+triton.attach()
 
 __all__ = [
     "CPU_ISA_LEVELS",

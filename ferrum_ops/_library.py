@@ -66,6 +66,11 @@ def register(
     OPS[name] = Op(name, family, ref, fake, inputs, composite)
 
 
+def register_kernel(name: str, key: str, kernel: Callable[..., Any]) -> None:
+    """Attach a kernel written in Python for one dispatch key, "CUDA" or "MPS"."""
+    _fragment.impl(name, _on_one_device(name, kernel), key)
+
+
 def _on_one_device(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, raising first where tensors lie on several devices. (Kernels check for themselves.)"""
     packet, _, overload = name.partition(".")

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from ferrum_ops import OPS, backends
+from ferrum_ops import OPS, backends, triton
 
 BEGIN, END = "<!-- ops:begin -->", "<!-- ops:end -->"
 DEVICES = ("cpu", "cuda", "mps")
@@ -42,7 +42,7 @@ def with_table(text: str, file: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"[table] {file}: expected {BEGIN} and then {END}, once each")
     before, rest = text.split(BEGIN)
-    kernels = cuda_kernels_of(Path(file).parent / "csrc" / "cuda")
+    kernels = cuda_kernels_of(Path(file).parent / "csrc" / "cuda") | triton.KERNELS.keys()
     return f"{before}{BEGIN}\n{table(kernels)}\n{END}{rest.split(END)[1]}"
 
 

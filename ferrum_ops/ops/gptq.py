@@ -39,8 +39,8 @@ def gptq_dequantize(
 
     Raises:
         RuntimeError: from the CPU kernel, or ValueError from the reference, for bits, dtypes or shapes that do not
-            fit, tensors that are not contiguous (CPU), and on CPU a g_idx outside `[0, G)`. On another device such
-            rows are NaN.
+            fit, tensors that are not contiguous (CPU, CUDA), and on CPU a g_idx outside `[0, G)`. On another device
+            such rows are NaN.
     """
     refuse_grad("gptq_dequantize", scales)
     return torch.ops.ferrum.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype)
@@ -59,10 +59,13 @@ def gptq_gemm(
     """`x @ w + bias`, w being what `gptq_dequantize` gives in fp32 for the same tensors, without a copy of w.
 
     Sums are fp32 and rounded once, to x's dtype. On the CPU a row of the result has the same bits for any number of
-    threads and whatever other rows are in x. NaN and infinity in x spread as in a dense product.
+    threads and whatever other rows are in x. On CUDA (Triton) the same call gives the same bits; beside 16-bit
+    activations, weights are rounded to tf32 where their groups are shorter than 128 in-features (64 for 8 bits) or come
+    from g_idx, and not at all elsewhere. NaN and infinity in x spread as in a dense product.
 
     Args:
-        x: `[..., K]`, float32, float16 or bfloat16; on the CPU rows must be contiguous with one stride between them.
+        x: `[..., K]`, float32, float16 or bfloat16; on the CPU rows must be contiguous with one stride between them, on
+            CUDA rows that do not begin on a multiple of 4 bytes are copied.
         qweight: int32 `[K*bits/32, N]`, codes packed along K.
         qzeros: int32 `[G, N*bits/32]`, zero points packed along N.
         scales: `[G, N]`, float32, float16 or bfloat16.
@@ -79,8 +82,8 @@ def gptq_gemm(
 
     Raises:
         RuntimeError: from the CPU kernel, or ValueError from the reference, for bits, dtypes or shapes that do not
-            fit, tensors that are not contiguous (CPU), and on the CPU a g_idx outside `[0, G)`. On another device such
-            in-features make the result NaN. RuntimeError when scales require grad.
+            fit, weights that are not contiguous (CPU, CUDA), and on the CPU a g_idx outside `[0, G)`. On another
+            device such in-features make the result NaN. RuntimeError when scales require grad.
     """
     refuse_grad("gptq_gemm", scales)
     arguments = (x, qweight, qzeros, scales, g_idx, bias, bits, zero_offset)
@@ -117,7 +120,7 @@ def gptq_dequantize_fake(
     return scales.new_empty((in_features, out_features), dtype=dtype)
 
 
-def _check_gemm(
+def check_gemm(
     x: torch.Tensor,
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
@@ -125,12 +128,14 @@ def _check_gemm(
     g_idx: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
-) -> None:
-    in_features, out_features, _ = gptq.check_tensors("gptq_gemm", qweight, qzeros, scales, g_idx, bits)
+) -> tuple[int, int, int]:
+    """(K, N, G); raises ValueError when dtypes or shapes do not fit together."""
+    in_features, out_features, groups = gptq.check_tensors("gptq_gemm", qweight, qzeros, scales, g_idx, bits)
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"[gptq_gemm] x: expected floating (..., {in_features}), got {x.dtype} {tuple(x.shape)}")
     if bias is not None and (not bias.is_floating_point() or bias.shape != (out_features,)):
         raise ValueError(f"[gptq_gemm] bias: expected floating ({out_features},), got {bias.dtype} {tuple(bias.shape)}")
+    return in_features, out_features, groups
 
 
 def gptq_gemm_ref(
@@ -144,7 +149,7 @@ def gptq_gemm_ref(
     zero_offset: int,
 ) -> torch.Tensor:
     """Computes in float64 when x is."""
-    _check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
+    check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
     compute = torch.promote_types(x.dtype, torch.float32)
     weight = gptq.dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset, op="gptq_gemm").to(compute)
     out = x.to(compute) @ weight
@@ -188,7 +193,7 @@ def gptq_gemm_fake(
     bits: int,
     zero_offset: int,
 ) -> torch.Tensor:
-    _check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
+    check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
