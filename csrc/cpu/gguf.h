@@ -41,7 +41,7 @@ struct GgufProduct {
 constexpr int64_t kGgufTile = 16;
 constexpr int64_t kGgufPanel = 64;
 // More rows at a time would push a decoded panel out of the first-level cache.
-constexpr int64_t kGgufRowBlock = 48;
+constexpr int64_t kGgufRowBlock = 96;
 
 // int8: with dot and sum exact integers, blocks are added in ascending order, each operation rounded to fp32:
 //   blocks of 256: acc + (dot * (d * scale) - mins * (dmin * scale)),

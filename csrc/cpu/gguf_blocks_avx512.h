@@ -107,50 +107,70 @@ inline void load_large(const uint8_t* block, Registers& out) {
   }
 }
 
-// The float16 at the head of each of eight blocks.
+// The float16 at the head of each of eight blocks of `Bytes`, picked out of 128 bytes at a time: all of them from two
+// vectors where blocks have 18 bytes, four and four where they have 34.
 template <int64_t Bytes>
 inline __m256 eight_halves(const uint8_t* blocks) {
-  uint16_t bits[8];
-  for (int j = 0; j < 8; ++j) {
-    __builtin_memcpy(bits + j, blocks + j * Bytes, 2);
+  static_assert(Bytes == 18 || Bytes == 34);
+  constexpr int step = Bytes / 2;
+  const __m512i low = _mm512_loadu_si512(blocks), high = _mm512_loadu_si512(blocks + 64);
+  if constexpr (Bytes == 18) {
+    const __m512i words =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, step, 2 * step, 3 * step, 4 * step, 5 * step, 6 * step, 7 * step));
+    return _mm256_cvtph_ps(_mm512_castsi512_si128(_mm512_permutex2var_epi16(low, words, high)));
+  } else {
+    const __m512i words =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, step, 2 * step, 3 * step, 0, step, 2 * step, 3 * step));
+    const __m512i next = _mm512_loadu_si512(blocks + 4 * Bytes), last = _mm512_loadu_si512(blocks + 4 * Bytes + 64);
+    return _mm256_cvtph_ps(_mm_blend_epi32(_mm512_castsi512_si128(_mm512_permutex2var_epi16(low, words, high)),
+                                           _mm512_castsi512_si128(_mm512_permutex2var_epi16(next, words, last)), 12));
   }
-  return _mm256_cvtph_ps(_mm_setr_epi16(bits[0], bits[1], bits[2], bits[3], bits[4], bits[5], bits[6], bits[7]));
+}
+
+template <Type T>
+inline void decode_to_registers(const uint8_t* blocks, int64_t elements, SmallRegisters& out) {
+  Chunk chunk;
+  decode_chunk(T, blocks, elements, chunk);
+  for (int i = 0; i < 4; ++i) {
+    out.codes[i] = _mm512_load_si512(chunk.codes + 64 * i);
+  }
+  out.d = _mm256_load_ps(chunk.d);
+  out.m = _mm256_load_ps(chunk.m);
+}
+
+// 64 codes of two blocks that follow each other.
+template <Type T>
+inline __m512i codes_of_two(const uint8_t* first, const uint8_t* second) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  if constexpr (T == Type::Q8_0) {
+    return _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(load32(first)), load32(second), 1), flip);
+  } else {
+    const __m512i both = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load16(first)), 0xff00, load16(second));
+    const __m512i shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+    const __m512i codes = _mm512_and_si512(_mm512_srlv_epi64(both, shifts), _mm512_set1_epi8(15));
+    if constexpr (T == Type::Q4_0) {
+      return codes;
+    } else {
+      const __m512i table = _mm512_broadcast_i32x4(load16(gguf::kNonlinear));
+      return _mm512_xor_si512(_mm512_shuffle_epi8(table, codes), flip);
+    }
+  }
 }
 
 template <Type T>
 inline void load_small(const uint8_t* blocks, int64_t elements, SmallRegisters& out) {
-  constexpr bool direct = T == Type::Q8_0 || T == Type::Q4_0 || T == Type::IQ4_NL;
-  if (!direct || elements < gguf::kChunk) {
-    Chunk chunk;
-    decode_chunk(T, blocks, elements, chunk);
-    for (int i = 0; i < 4; ++i) {
-      out.codes[i] = _mm512_load_si512(chunk.codes + 64 * i);
-    }
-    out.d = _mm256_load_ps(chunk.d);
-    out.m = _mm256_load_ps(chunk.m);
-    return;
-  }
-  constexpr int64_t bytes = kTraitsOf<T>.bytes;
-  out.d = eight_halves<bytes>(blocks);
-  out.m = _mm256_setzero_ps();
-  for (int i = 0; i < 4; ++i, blocks += 2 * bytes) {
-    if constexpr (T == Type::Q8_0) {
-      const __m512i both =
-          _mm512_inserti64x4(_mm512_castsi256_si512(load32(blocks + 2)), load32(blocks + bytes + 2), 1);
-      out.codes[i] = _mm512_xor_si512(both, _mm512_set1_epi8(-128));
-    } else {
-      const __m512i first = _mm512_broadcast_i32x4(load16(blocks + 2));
-      const __m512i both = _mm512_mask_broadcast_i32x4(first, 0xff00, load16(blocks + bytes + 2));
-      const __m512i shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
-      const __m512i codes = _mm512_and_si512(_mm512_srlv_epi64(both, shifts), _mm512_set1_epi8(15));
-      if constexpr (T == Type::Q4_0) {
-        out.codes[i] = codes;
-      } else {
-        const __m512i table = _mm512_broadcast_i32x4(load16(gguf::kNonlinear));
-        out.codes[i] = _mm512_xor_si512(_mm512_shuffle_epi8(table, codes), _mm512_set1_epi8(-128));
+  if constexpr (T == Type::Q8_0 || T == Type::Q4_0 || T == Type::IQ4_NL) {
+    constexpr int64_t bytes = kTraitsOf<T>.bytes;
+    if (elements >= gguf::kChunk) {
+      out.d = eight_halves<bytes>(blocks);
+      out.m = _mm256_setzero_ps();
+      for (int i = 0; i < 4; ++i, blocks += 2 * bytes) {
+        out.codes[i] = codes_of_two<T>(blocks + 2, blocks + bytes + 2);
       }
+      return;
     }
   }
+  decode_to_registers<T>(blocks, elements, out);
 }
 
 inline const uint8_t* row_of(const GgufProduct& p, int64_t column) {

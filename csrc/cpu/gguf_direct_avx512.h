@@ -1,4 +1,4 @@
-// Products of one or two rows of int8 activations with GGUF blocks for AVX512 with VNNI: a weight row is read forwards,
+// Products of a few rows of int8 activations with GGUF blocks for AVX512 with VNNI: a weight row is read forwards,
 // once, and multiplied where it is unpacked, with the elements of a block along the lanes.
 #pragma once
 
@@ -96,7 +96,7 @@ FERRUM_KEEP_ACCUMULATORS void multiply_segment(const GgufProduct& p, const uint8
     __m512i scales[4];
     spread_scales<T>(w.scales, scales);
     partials[k].scales[column] = w.d_and_m;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const int64_t at = p.row_ids[r] * a.chunks + first + k;
       const __m512i dots = scaled_products<T>(w, scales, a.codes + at * gguf::kChunk);
@@ -136,7 +136,7 @@ void direct_large(const GgufProduct& p, int64_t tile) {
       for (int64_t k = 0; k < count; ++k) {
         const Partial<R>& partial = partials[k];
         const __m128i scales = _mm_load_si128(reinterpret_cast<const __m128i*>(partial.scales));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const __m128 x = _mm_set1_ps(a.scales[p.row_ids[r] * a.chunks + first + k]);
           const __m512i* dots = partial.dots[r];
@@ -181,7 +181,7 @@ FERRUM_KEEP_ACCUMULATORS void direct_small(const GgufProduct& p, int64_t tile) {
       }
       SmallRegisters w;
       load_small<T>(blocks, p.weights.in_features - k * gguf::kChunk, w);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int64_t at = p.row_ids[r] * a.chunks + k;
         __m512i dots[4];

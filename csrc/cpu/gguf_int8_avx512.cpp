@@ -17,14 +17,25 @@
 namespace ferrum::cpu::FERRUM_LEVEL {
 namespace {
 
-constexpr int kDirectRows = 2;
+// Up to here the panel's transposition costs more than each row's adding up of lanes.
+template <Type T>
+constexpr int kDirectRows = kSmall<T> ? 2 : 4;
 
-template <Type T, int R>
+template <Type T>
 inline void direct(const GgufProduct& p, int64_t tile) {
   if constexpr (kSmall<T>) {
-    direct_small<T, R>(p, tile);
+    return p.rows == 1 ? direct_small<T, 1>(p, tile) : direct_small<T, 2>(p, tile);
   } else {
-    direct_large<T, R>(p, tile);
+    switch (p.rows) {
+      case 1:
+        return direct_large<T, 1>(p, tile);
+      case 2:
+        return direct_large<T, 2>(p, tile);
+      case 3:
+        return direct_large<T, 3>(p, tile);
+      default:
+        return direct_large<T, 4>(p, tile);
+    }
   }
 }
 
@@ -32,13 +43,9 @@ template <Type T>
 void int8_columns(const GgufProduct& p) {
   const int64_t tiles = (p.columns + kGgufTile - 1) / kGgufTile;
   int64_t tile = 0;
-  if (p.rows <= kDirectRows) {
+  if (p.rows <= kDirectRows<T>) {
     for (; tile < tiles; ++tile) {
-      if (p.rows == 1) {
-        direct<T, 1>(p, tile);
-      } else {
-        direct<T, 2>(p, tile);
-      }
+      direct<T>(p, tile);
     }
     return;
   }

@@ -95,7 +95,7 @@ def write(path, tiny, *, keys=(), drop=(), architecture="qwen3moe", tensors=(), 
         if value is not None:
             name = key if key.startswith(("tokenizer.", "general.", "split.")) else f"{architecture}.{key}"
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-            add[type(value)](name, value)
+            add.get(type(value), writer.add_array)(name, value)
     found = {}
     for seed, (name, shape) in enumerate(tiny.shapes().items()):
         found[name] = (blocks_of(name, shape, tiny.type_of(name), seed), tiny.type_of(name))

@@ -1,15 +1,20 @@
 """GGUF files loaded, against transformers holding the dequantised weights and, where they are, llama.cpp's logits."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 pytest.importorskip("gguf")
 
 from ferrum_models import CheckpointError, Qwen3MoeForCausalLM
+from ferrum_models.qwen3_moe.gguf_config import qwen3_moe_config
+from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
+from ferrum_models.qwen3_moe.gguf_planner import GgufPlanner
 from ferrum_ops.formats.gguf import GGMLType
 from ferrum_ops.testing.compare import relative_error
 from tests.models.make_gguf import Tiny, read, transformers_model, write
@@ -259,6 +264,48 @@ def test_a_type_without_a_kernel_is_dequantised_with_a_warning(tmp_path):
     ):
         model = load(path, activation="full")
     assert relative_error(model(IDS).logits, transformers_model(tiny, read(path))(IDS).logits) < 1e-4
+
+
+def test_a_device_without_kernels_gets_dense_weights_with_a_warning(q4_k_m):
+    _, path = q4_k_m
+    checkpoint = GgufCheckpoint(path)
+    plan = GgufPlanner(
+        qwen3_moe_config(checkpoint),
+        checkpoint,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        activation="int8",
+    ).plan()
+    assert plan.packed == 0 and all(t.dtype == torch.bfloat16 for t in plan.tensors.values())
+    assert len(plan.report.warnings) == 2
+    assert re.match(
+        r"\[load\] 11 tensors of type Q4_K \(token_embd.weight, ...\) have no packed kernel on cuda .*: dequantised to "
+        r"bfloat16, 2.8 MB instead of 0.8 MB",
+        plan.report.warnings[0],
+    )
+    weights = read(path)
+    experts = plan.tensors["model.layers.1.mlp.experts.gate_up_proj"][...]
+    expected = torch.cat([weights[f"blk.1.ffn_{name}_exps.weight"] for name in ("gate", "up")], dim=1)
+    assert torch.equal(experts, expected.bfloat16())
+
+
+def test_tokenizer_and_chat_template(tmp_path):
+    """transformers' converter reads them from the same file."""
+    tokens = [*(chr(c) for c in range(33, 127)), "he", "ll", "hell", "<|endoftext|>", "<|im_end|>"]
+    template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    arrays = {"tokens": tokens, "merges": ["h e", "l l", "he ll"], "token_type": [1] * 97 + [3, 3]}
+    keys = {f"tokenizer.ggml.{name}": value for name, value in arrays.items()}
+    keys |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.chat_template": template}
+    keys |= {"tokenizer.ggml.eos_token_id": 98, "tokenizer.ggml.padding_token_id": 97}
+    write(tmp_path / "m.gguf", Tiny(), keys=keys)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    ids = [tokens.index("hell"), tokens.index("o")]
+    assert tokenizer("hello").input_ids == ids and tokenizer.decode(ids) == "hello"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], return_dict=False)
+    assert chat == [*ids, 98] and tokenizer.eos_token_id == 98
+    model = load(tmp_path / "m.gguf")
+    assert model.generation_config.eos_token_id == 98
+    assert model.generate(torch.tensor([chat]), max_new_tokens=3).shape[1] > 3
 
 
 def test_quantize_is_refused(q4_k_m):
