@@ -169,6 +169,12 @@ def load_transformers(checkpoint: Path) -> TorchModel:
     return TorchModel(twin)
 
 
+def gguf_peer(kind: str) -> ModelPeer:
+    """Ferrum on the very file that llama.cpp runs."""
+    file = f"{kind}.gguf"
+    return ModelPeer(f"ferrum {file}", lambda checkpoint: load_ferrum(checkpoint / file), file=file)
+
+
 def llama_cpp_peer(kind: str, repack: bool) -> ModelPeer:
     return ModelPeer(
         f"llama.cpp {kind}" + (" repacked" if repack else ""),
@@ -182,6 +188,7 @@ MODELS = (
     ModelPeer("ferrum float32", functools.partial(load_ferrum, dtype=torch.float32)),
     ModelPeer("ferrum bfloat16", functools.partial(load_ferrum, dtype=torch.bfloat16)),
     ModelPeer("ferrum compiled", functools.partial(load_compiled, dtype=torch.bfloat16)),
+    *(gguf_peer(kind) for kind in ("Q4_K_M", "Q4_0", "Q8_0")),
     *(llama_cpp_peer(kind, repack) for kind in ("Q4_K_M", "Q4_0", "Q8_0") for repack in (True, False)),
     ModelPeer("transformers bf16", load_transformers),
 )
