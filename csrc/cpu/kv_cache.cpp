@@ -9,14 +9,8 @@ namespace {
 
 void kv_append_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_lens) {
   const char* op = "kv_append_";
-  check_activation(op, "k_cache", k_cache);
-  check_caches(op, k_cache, v_cache, "(batch, kv_heads, capacity, head_dim)");
+  check_kv_append(op, k_cache, v_cache, k, v, cache_lens);
   const int64_t batch = k_cache.size(0), heads = k_cache.size(1), capacity = k_cache.size(2);
-  check_tokens(op, k, v, {batch, -1, heads, k_cache.size(3)});
-  check_same_dtype(op, "k", k, k_cache);
-  check_dtype(op, "cache_lens", cache_lens, ScalarType::Int);
-  check_shape(op, "cache_lens", cache_lens, {batch});
-  check_contiguous(op, "cache_lens", cache_lens);
   const int64_t tokens = k.size(1);
   const int32_t* lens = data<int32_t>(cache_lens);
   for (int64_t b = 0; b < batch; ++b) {
@@ -44,13 +38,9 @@ void kv_append_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v
 
 void paged_kv_write_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& slot_mapping) {
   const char* op = "paged_kv_write_";
-  check_activation(op, "k_cache", k_cache);
-  check_caches(op, k_cache, v_cache, "(num_blocks, block_size, kv_heads, head_dim)");
-  const int64_t heads = k_cache.size(2);
-  check_tokens(op, k, v, {-1, heads, k_cache.size(3)});
-  check_same_dtype(op, "k", k, k_cache);
-  const int64_t tokens = k.size(0);
-  const Slots slots = check_slots(op, slot_mapping, tokens, k_cache.size(0) * k_cache.size(1));
+  const Integers slots = check_paged_kv_write(op, k_cache, v_cache, k, v, slot_mapping);
+  const int64_t heads = k.size(1), tokens = k.size(0);
+  check_slot_values(op, slots, tokens, pool_slots(k_cache));
   if (k.numel() == 0) {
     return;
   }
@@ -82,18 +72,9 @@ QuantizedRows quantized_rows(const Tensor& x, Tensor& codes, Tensor& scales, Dty
 void paged_kv_write_int8_(Tensor k_cache, Tensor v_cache, Tensor k_scale, Tensor v_scale, const Tensor& k,
                           const Tensor& v, const Tensor& slot_mapping) {
   const char* op = "paged_kv_write_int8_";
-  check_dtype(op, "k_cache", k_cache, ScalarType::Char);
-  check_caches(op, k_cache, v_cache, "(num_blocks, block_size, kv_heads, head_dim)");
-  const int64_t blocks = k_cache.size(0), block_size = k_cache.size(1), heads = k_cache.size(2);
-  check_dtype(op, "k_scale", k_scale, ScalarType::Float);
-  check_shape(op, "k_scale", k_scale, {blocks, block_size, heads});
-  check_contiguous(op, "k_scale", k_scale);
-  check_dtype(op, "v_scale", v_scale, ScalarType::Float);
-  check_shape(op, "v_scale", v_scale, {blocks, block_size, heads});
-  check_contiguous(op, "v_scale", v_scale);
-  check_tokens(op, k, v, {-1, heads, k_cache.size(3)});
-  const int64_t tokens = k.size(0);
-  const Slots slots = check_slots(op, slot_mapping, tokens, blocks * block_size);
+  const Integers slots = check_paged_kv_write_int8(op, k_cache, v_cache, k_scale, v_scale, k, v, slot_mapping);
+  const int64_t heads = k.size(1), tokens = k.size(0);
+  check_slot_values(op, slots, tokens, pool_slots(k_cache));
   if (k.numel() == 0) {
     return;
   }

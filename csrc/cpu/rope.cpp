@@ -14,19 +14,15 @@ namespace {
 Tensor qk_norm_rope(const Tensor& x, const std::optional<Tensor>& norm_weight, const Tensor& cos, const Tensor& sin,
                     const std::optional<Tensor>& positions, double eps, bool interleaved) {
   const char* op = "qk_norm_rope";
-  HeadsRope heads{};
-  heads.dtype = activation_dtype(op, "x", x);
-  FERRUM_CHECK(x.dim() == 3, op, "x", "expected shape (tokens, heads, head_dim), got ", shape_string(x));
-  check_last_contiguous(op, "x", x);
+  const QkNormRopeArguments a = check_qk_norm_rope(op, x, norm_weight, cos, sin, positions);
   const int64_t tokens = x.size(0);
+  check_position_values(op, a.tables, tokens);
+  HeadsRope heads = rotation(a.tables, a.weight, eps, a.dtype);
   heads.heads = x.size(1);
   heads.head_dim = x.size(2);
   heads.token_stride = x.stride(0);
   heads.head_stride = x.stride(1);
-  heads.eps = static_cast<float>(eps);
   heads.interleaved = interleaved;
-  set_weight(op, "norm_weight", heads, norm_weight, x);
-  check_tables(op, heads, tokens, cos, sin, positions);
   Tensor out = torch::stable::new_empty(x, {tokens, heads.heads, heads.head_dim});
   if (out.numel() == 0) {
     return out;
@@ -44,8 +40,11 @@ std::tuple<Tensor, Tensor, Tensor> split_qkv_norm_rope(const Tensor& qkv, const 
                                                        const Tensor& sin, const std::optional<Tensor>& positions,
                                                        int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                                                        double eps) {
-  const SplitQkv split = check_split_qkv("split_qkv_norm_rope", qkv, q_weight, k_weight, cos, sin, positions, num_heads,
-                                         num_kv_heads, head_dim, eps);
+  const char* op = "split_qkv_norm_rope";
+  const SplitQkvArguments a =
+      check_split_qkv(op, qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim);
+  check_position_values(op, a.tables, qkv.size(0));
+  const SplitQkv split = split_qkv(a, qkv, num_heads, num_kv_heads, head_dim, eps);
   HeadsRope q = split.q, k = split.k;
   const int64_t tokens = qkv.size(0);
   Tensor q_out = torch::stable::new_empty(qkv, {tokens, num_heads, head_dim});

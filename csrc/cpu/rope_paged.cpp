@@ -15,13 +15,13 @@ Tensor split_qkv_norm_rope_paged_(const Tensor& qkv, const std::optional<Tensor>
                                   int64_t head_dim, double eps, Tensor k_cache, Tensor v_cache,
                                   const Tensor& slot_mapping) {
   const char* op = "split_qkv_norm_rope_paged_";
-  const SplitQkv split =
-      check_split_qkv(op, qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim, eps);
-  check_caches(op, k_cache, v_cache, "(num_blocks, block_size, kv_heads, head_dim)");
-  check_same_dtype(op, "k_cache", k_cache, qkv);
-  check_shape(op, "k_cache", k_cache, {-1, -1, num_kv_heads, head_dim});
+  const SplitQkvArguments a =
+      check_split_qkv(op, qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, head_dim);
+  const Integers slots = check_qkv_pools(op, qkv, num_kv_heads, head_dim, k_cache, v_cache, slot_mapping);
   const int64_t tokens = qkv.size(0);
-  const Slots slots = check_slots(op, slot_mapping, tokens, k_cache.size(0) * k_cache.size(1));
+  check_position_values(op, a.tables, tokens);
+  check_slot_values(op, slots, tokens, pool_slots(k_cache));
+  const SplitQkv split = split_qkv(a, qkv, num_heads, num_kv_heads, head_dim, eps);
   Tensor q_out = torch::stable::new_empty(qkv, {tokens, num_heads, head_dim});
   if (tokens == 0) {
     return q_out;
