@@ -40,6 +40,12 @@ struct Grid {
   size_t shared_bytes = 0;  // dynamic
 };
 
+// A count that a kernel or the grid holds in 32 bits.
+inline unsigned narrow(const char* op, const char* name, int64_t count) {
+  FERRUM_CHECK(count >= 0 && count <= INT32_MAX, op, name, "expected at most ", INT32_MAX, ", got ", count);
+  return static_cast<unsigned>(count);
+}
+
 struct NamedTensor {
   const char* name;
   const Tensor& tensor;

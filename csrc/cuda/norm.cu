@@ -1,4 +1,5 @@
-// rms_norm and its fusion with the residual addition: one pass over a row in device memory, a second one in L1.
+// rms_norm and its fusion with the residual addition: every byte is read once (what does not fit in registers a second
+// time, from L1) and written once.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -23,12 +24,13 @@ struct Rows {
   T* out;
   T* residual_out;
   int64_t x_stride, residual_stride, out_stride, residual_out_stride;
-  int64_t count, size;
+  int64_t count;
+  int size;
   float eps;
 };
 
 template <int N, typename T>
-__device__ __forceinline__ void load_sum(const Rows<T>& rows, int64_t row, int64_t column, float (&sum)[N]) {
+__device__ __forceinline__ void load_sum(const Rows<T>& rows, int64_t row, int column, float (&sum)[N]) {
   load<N>(rows.x + row * rows.x_stride + column, sum);
   if (rows.residual != nullptr) {
     float residual[N];
@@ -40,37 +42,55 @@ __device__ __forceinline__ void load_sum(const Rows<T>& rows, int64_t row, int64
   }
 }
 
+template <int N>
+__device__ __forceinline__ float sum_of_squares(const float (&x)[N]) {
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    squares += x[i] * x[i];
+  }
+  return squares;
+}
+
 template <typename T, typename W, int N>
 __global__ void __launch_bounds__(1024) norm_rows(Rows<T> rows) {
   __shared__ float scratch[kMaxWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = row < rows.count;  // no early return: every thread reaches the barrier
-  const int64_t first = threadIdx.x * N, step = blockDim.x * N;
+  const int first = threadIdx.x * N, step = blockDim.x * N;
+  const W* const weights = static_cast<const W*>(rows.weight);
+  // The first vector of a thread stays in registers: all it has of a row of up to 1024 vectors. Its weights are asked
+  // for together with it, so that nothing but the sum lies between one trip to memory and the result.
+  Vec<W, N> weight;
+  float sum[N];
   float squares = 0.0f;
-  if (inside) {
-    for (int64_t column = first; column < rows.size; column += step) {
-      float sum[N];
-      load_sum(rows, row, column, sum);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        squares += sum[i] * sum[i];
-      }
+  if (inside && first < rows.size) {
+    weight = *reinterpret_cast<const Vec<W, N>*>(weights + first);
+    load_sum(rows, row, first, sum);
+    squares = sum_of_squares(sum);
+#pragma unroll 1
+    for (int column = first + step; column < rows.size; column += step) {
+      float more[N];
+      load_sum(rows, row, column, more);
+      squares += sum_of_squares(more);
     }
   }
   const float inverse = rsqrtf(row_sum(squares, scratch) / static_cast<float>(rows.size) + rows.eps);
   if (!inside) {
     return;
   }
-  for (int64_t column = first; column < rows.size; column += step) {
-    float sum[N], weight[N];
-    load_sum(rows, row, column, sum);
-    load<N>(static_cast<const W*>(rows.weight) + column, weight);
+#pragma unroll 1
+  for (int column = first; column < rows.size; column += step) {
+    if (column != first) {
+      weight = *reinterpret_cast<const Vec<W, N>*>(weights + column);
+      load_sum(rows, row, column, sum);
+    }
     if (rows.residual != nullptr) {
       store(rows.residual_out + row * rows.residual_out_stride + column, sum);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      sum[i] = sum[i] * inverse * weight[i];
+      sum[i] = sum[i] * inverse * to_float(weight.values[i]);
     }
     store(rows.out + row * rows.out_stride + column, sum);
   }
@@ -98,18 +118,17 @@ bool all_vectorize(const Rows<T>& r) {
 }
 
 template <typename T, typename W>
-void launch_rows(const Stream& stream, const Rows<T>& rows) {
+void launch_rows(const char* op, const Tensor& on, const Rows<T>& rows) {
   constexpr int N = 16 / sizeof(T);
   const bool vectors = all_vectorize<N, T, W>(rows);
   const NormConfig config = pick_norm_config(vectors ? rows.size / N : rows.size);
-  const Grid grid{dim3(static_cast<unsigned>((rows.count + config.rows - 1) / config.rows)),
+  const Grid grid{dim3(narrow(op, "x", (rows.count + config.rows - 1) / config.rows)),
                   dim3(config.threads, config.rows)};
-  stream.launch(vectors ? norm_rows<T, W, N> : norm_rows<T, W, 1>, grid, rows);
+  Stream(op, on).launch(vectors ? norm_rows<T, W, N> : norm_rows<T, W, 1>, grid, rows);
 }
 
 void run(const char* op, const NormArguments& a, const Tensor& out, int64_t out_stride, const Tensor* residual_out,
          int64_t residual_out_stride) {
-  const Stream stream(op, a.x);
   for_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
     Rows<T> rows{};
@@ -125,9 +144,9 @@ void run(const char* op, const NormArguments& a, const Tensor& out, int64_t out_
       rows.residual_out_stride = residual_out_stride;
     }
     rows.count = a.x_rows.rows;
-    rows.size = a.x_rows.size;
+    rows.size = static_cast<int>(narrow(op, "x", a.x_rows.size));
     rows.eps = a.eps;
-    a.float_weight ? launch_rows<T, float>(stream, rows) : launch_rows<T, T>(stream, rows);
+    a.float_weight ? launch_rows<T, float>(op, a.x, rows) : launch_rows<T, T>(op, a.x, rows);
   });
 }
 

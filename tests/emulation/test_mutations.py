@@ -155,13 +155,12 @@ MUTATIONS = [
              "(g + 8 * (r / 2)) * k + step * 16 + 2 * t + 8 * (r % 2)", WRONG),
     Mutation("lop3-table", TILE, "matmul_int4", matmul_int4, "(0xf0 & 0xcc) | 0xaa", "(0xf0 | 0xcc) | 0xaa", WRONG),
     Mutation("norm-bound", NORM, "rms_norm", rms_norm,
-             "column < rows.size; column += step) {\n    float sum[N], weight[N];",
-             "column <= rows.size; column += step) {\n    float sum[N], weight[N];", "out of bounds"),
+             "column < rows.size; column += step) {\n    if (column", "column <= rows.size; column += step) {\n    if (column", "out of bounds"),
     Mutation("norm-alignment", NORM, "rms_norm", lambda: rms_norm(3, 66),
              "const bool vectors = all_vectorize<N, T, W>(rows);", "const bool vectors = true;", "misaligned|out of bounds"),
     Mutation("norm-early-return", NORM, "rms_norm", lambda: rms_norm(3, 63),
-             "  float squares = 0.0f;\n  if (inside) {", "  float squares = 0.0f;\n  if (inside) {\n    __syncthreads();",
-             "diverged"),
+             "  if (inside && first < rows.size) {", "  if (inside && first < rows.size) {\n    __syncthreads();",
+             "diverged|deadlock"),
 ]  # fmt: skip
 
 
