@@ -23,8 +23,8 @@ def kv_append_(
 
     Raises:
         RuntimeError: other dtypes, shapes or strides; on CPU a length below 0 or with `len + n > capacity`, before
-            anything is written (on other devices such tokens are dropped); an input that requires grad while autograd
-            is on.
+            anything is written; an input that requires grad while autograd is on. On other devices, where lengths are
+            not read on the host, nothing is written to the cache of such a sequence.
     """
     refuse_grad("kv_append_", k_cache, v_cache, k, v)
     torch.ops.ferrum.kv_append_(k_cache, v_cache, k, v, cache_lens)
@@ -115,7 +115,8 @@ def kv_append__ref(
     sequence = torch.arange(batch, device=k.device)[:, None, None]
     head = torch.arange(heads, device=k.device)
     rows = (sequence * heads + head) * capacity + at
-    inside = ((at >= 0) & (at < capacity)).expand_as(rows)
+    fits = (cache_lens >= 0) & (cache_lens <= capacity - tokens)
+    inside = fits[:, None, None].expand_as(rows)
     for cache, new in ((k_cache, k), (v_cache, v)):
         write_rows(cache.view(-1, head_dim), rows.flatten(), inside.flatten(), new.reshape(-1, head_dim))
 
@@ -159,8 +160,9 @@ def paged_kv_write_(
         slot_mapping: int32 or int64 `[T]`; a token with slot -1 is skipped.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides; on CPU a slot outside the pool, before anything is written (on
-            other devices such a token is skipped); an input that requires grad while autograd is on.
+        RuntimeError: other dtypes, shapes or strides; on CPU a slot outside the pool, before anything is written; an
+            input that requires grad while autograd is on. On other devices, where slots are not read on the host, a
+            token with such a slot is skipped.
     """
     refuse_grad("paged_kv_write_", k_cache, v_cache, k, v)
     torch.ops.ferrum.paged_kv_write_(k_cache, v_cache, k, v, slot_mapping)
@@ -264,7 +266,7 @@ def paged_kv_write_int8_(
         slot_mapping: as in `paged_kv_write_`.
 
     Raises:
-        RuntimeError: as `paged_kv_write_`.
+        RuntimeError: as `paged_kv_write_`, with the same slots skipped on other devices.
     """
     refuse_grad("paged_kv_write_int8_", k, v)
     torch.ops.ferrum.paged_kv_write_int8_(k_cache, v_cache, k_scale, v_scale, k, v, slot_mapping)

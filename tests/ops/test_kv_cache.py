@@ -63,13 +63,14 @@ def test_append_of_more_tokens_than_the_capacity_raises():
         OPS.kv_append_(*caches, *new, ints(0))
 
 
-def test_append_where_the_host_cannot_see_drops_what_overflows():
+@pytest.mark.parametrize("bad", [-1, 3, 4, 2**31 - 1, -(2**31)])
+def test_append_where_the_host_cannot_see_leaves_a_sequence_that_does_not_fit(bad):
     # A traced reference stands for a device without a kernel: it must not read the lengths on the host.
     k_cache, v_cache = torch.zeros(2, 2, 3, 4, 8).unbind()
     k, v = torch.randn(2, 2, 2, 3, 8).unbind()
-    torch.compile(kv_cache.kv_append__ref, backend="eager", fullgraph=True)(k_cache, v_cache, k, v, ints(3, -1))
-    assert torch.equal(k_cache[0, :, 3], k[0, 0]) and torch.equal(v_cache[1, :, 0], v[1, 1])
-    assert not k_cache[0, :, :3].any() and not k_cache[1, :, 1:].any()
+    torch.compile(kv_cache.kv_append__ref, backend="eager", fullgraph=True)(k_cache, v_cache, k, v, ints(bad, 2))
+    assert torch.equal(k_cache[1, :, 2:], k[1].transpose(0, 1)) and torch.equal(v_cache[1, :, 2:], v[1].transpose(0, 1))
+    assert not k_cache[0].any() and not v_cache[0].any() and not k_cache[1, :, :2].any()
 
 
 def test_append_takes_column_slices_of_a_projection():
