@@ -40,8 +40,9 @@ def qk_norm_rope(
         Contiguous `[T, heads, D]` of x's dtype.
 
     Raises:
-        RuntimeError: other dtypes, shapes or strides; on CPU a position outside the table (on other devices such a
-            token is NaN); a table that requires grad while autograd is on.
+        RuntimeError: other dtypes, shapes or strides; on CPU a position outside the table; a table that requires grad
+            while autograd is on. On other devices, where positions are not read on the host, the rotated elements of
+            such a token are NaN (and no row of the table is read for it).
     """
     refuse_grad("qk_norm_rope", cos, sin)
     if needs_grad(x, norm_weight):
@@ -235,7 +236,7 @@ def split_qkv_norm_rope(
         q `[T, num_heads, head_dim]`, k and v `[T, num_kv_heads, head_dim]`: new contiguous tensors of qkv's dtype.
 
     Raises:
-        RuntimeError: as `qk_norm_rope`.
+        RuntimeError: as `qk_norm_rope`; V does not depend on positions.
     """
     refuse_grad("split_qkv_norm_rope", qkv, q_weight, k_weight, cos, sin)
     return torch.ops.ferrum.split_qkv_norm_rope(
@@ -370,7 +371,9 @@ def split_qkv_norm_rope_paged_(
         q, contiguous `[T, num_heads, head_dim]` of qkv's dtype.
 
     Raises:
-        RuntimeError: as `split_qkv_norm_rope` and `paged_kv_write_`, before anything is written.
+        RuntimeError: as `split_qkv_norm_rope` and `paged_kv_write_`, before anything is written. On other devices a
+            token with a slot outside the pool is written nowhere, and one with a position outside the tables leaves NaN
+            in q and in its slot of `k_cache`.
     """
     refuse_grad("split_qkv_norm_rope_paged_", qkv, q_weight, k_weight, cos, sin, k_cache, v_cache)
     return torch.ops.ferrum.split_qkv_norm_rope_paged_(

@@ -1,6 +1,10 @@
 import pytest
 import torch
 
+import ferrum_ops
+from ferrum_ops.testing.timing import torch_op
+from tests.ops.test_every_op import outputs
+
 
 def pytest_collection_modifyitems(items):
     """Tests that take the `cuda` fixture are skipped, by name, where there is no GPU."""
@@ -13,3 +17,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def cuda():
     return torch.device("cuda")
+
+
+@pytest.fixture
+def kernel(cuda):
+    """As the fixture of tests/emulation, on the device: results come back to the CPU."""
+
+    def run(name, *args):
+        from tests.cuda.test_every_op import strided_on
+
+        op = ferrum_ops.OPS[name]
+        return [t.cpu() for t in outputs(op, torch_op(name), strided_on(cuda, args))]
+
+    return run

@@ -1,6 +1,8 @@
 import pytest
 
+import ferrum_ops
 from tests.emulation import emulator
+from tests.ops.test_every_op import copy_args, outputs
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,16 @@ def emulation():
 def emulated(emulation):
     """The library of all shipped CUDA kernels, on CPU tensors."""
     return emulator.shipped()
+
+
+@pytest.fixture(params=[("forward", "behind"), ("reverse", "before"), ("random", "behind")], ids=lambda p: p[0])
+def kernel(request, emulated):
+    """`kernel(name, *args)` runs the CUDA kernel of an op on copies: what it returns, then what it has written."""
+    schedule, side = request.param
+
+    def run(name, *args):
+        op = ferrum_ops.OPS[name]
+        with emulated.guard_pages(side), emulated.schedule(schedule, seed=2):
+            return outputs(op, emulated.op(name), copy_args(args))
+
+    return run
