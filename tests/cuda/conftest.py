@@ -3,6 +3,7 @@ import torch
 
 import ferrum_ops
 from ferrum_ops.testing.timing import torch_op
+from tests.cuda.test_every_op import strided_on
 from tests.ops.test_every_op import outputs
 
 
@@ -24,8 +25,6 @@ def kernel(cuda):
     """As the fixture of tests/emulation, on the device: results come back to the CPU."""
 
     def run(name, *args):
-        from tests.cuda.test_every_op import strided_on
-
         op = ferrum_ops.OPS[name]
         return [t.cpu() for t in outputs(op, torch_op(name), strided_on(cuda, args))]
 

@@ -1,0 +1,9 @@
+"""The tests of tests/emulation that take the `kernel` fixture, on the device."""
+
+import importlib
+import inspect
+
+for family in ("activation", "kv_cache", "norm", "rope"):
+    for name, function in vars(importlib.import_module(f"tests.emulation.test_{family}")).items():
+        if name.startswith("test_") and "kernel" in inspect.signature(function).parameters:
+            globals()[f"{name}_of_{family}"] = function
