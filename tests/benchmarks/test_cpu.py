@@ -1,0 +1,86 @@
+"""`benchmarks/cpu`: turns, rows held against limits, verdicts on goals, saved results. No times are asserted."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.cpu import experts, report, scaling
+from benchmarks.cpu.limits import Limits
+from benchmarks.cpu.rounds import Spread, take_turns
+from benchmarks.peers.interface import MoeShape
+
+SHAPE = MoeShape(hidden=128, width=128, experts=4, top_k=2, group_size=128)
+
+
+def row(peer, us, **more):
+    return {"tokens": 1, "peer": peer, "us": us, "us_lower": us, "us_upper": us, "foreign_cpu": None, **more}
+
+
+def test_contenders_get_the_same_calls_in_turns():
+    seen = {"a": [], "b": []}
+    turns = take_turns({name: lambda n, name=name: lambda: seen[name].append(n) for name in seen}, budget=0.0)
+    assert turns.spreads.keys() == seen.keys()
+    counted = {name: set(numbers) for name, numbers in seen.items()}
+    assert {0, 1, 2} <= counted["a"] & counted["b"]
+
+
+def test_spread_is_median_and_quartiles():
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_rows_are_held_against_the_best_limits_of_the_run():
+    rows = [row("ferrum int8", 10.0, bytes=100.0, operations=50.0)]
+    report.hold_against(rows, Limits(2, read=20e6, int8=1e6))
+    assert rows[0]["of_read_bandwidth"] == pytest.approx(0.5)
+    assert rows[0]["of_int8_peak"] == pytest.approx(5.0)
+    assert rows[0]["floor_us"] == pytest.approx(50.0)
+    report.hold_against(rows, Limits(2, read=10e6, int8=10e6))  # slower reads: a disturbance
+    assert (rows[0]["read_gb_per_s"], rows[0]["int8_gop_per_s"]) == pytest.approx((0.02, 0.01))
+    report.hold_against(rows, Limits(2, read=10e6, int8=0.0))
+    assert rows[0]["of_int8_peak"] == pytest.approx(0.5)
+
+
+def test_a_missed_goal_names_the_fastest_peer_and_the_floor():
+    own = row("ferrum int8", 100.0, of_read_bandwidth=0.8, floor_us=60.0)
+    peers = [row("onnxruntime", 140.0), row("llama.cpp Q4_K", 150.0), row("llama.cpp Q4_K repacked", 100.0)]
+    assert experts.verdicts([own, *peers]) == [
+        "M=1: 0.80 of the read bandwidth, goal 0.85",
+        "M=1: 1.40x onnxruntime, goal 1.5x (93 us, floor 60 us)",
+        "M=1: 1.00x llama.cpp Q4_K repacked, goal 2.0x (50 us, below the floor of 60 us)",
+    ]
+    own["us"] = own["floor_us"] = 50.0
+    own["of_read_bandwidth"] = 1.0
+    assert experts.verdicts([own, *peers]) == []
+
+
+def test_measure_checks_times_and_describes():
+    contenders = experts.prepare(["ferrum int8"], SHAPE, layers=2)
+    with torch.inference_mode():
+        (result,) = experts.measure(contenders, 3, SHAPE, budget=0.0)
+    report.hold_against([result], Limits(1, 1e9, 1e9))
+    assert 2 <= result["active_experts"] <= 4
+    assert 0 < result["error"] < 3e-2
+    assert result["us_lower"] <= result["us"] <= result["us_upper"]
+    assert "| 3 |" in report.table([result], "tokens")
+
+
+def test_zipf_routing_prefers_the_first_experts_and_repeats_none():
+    torch.manual_seed(0)
+    shape = MoeShape(experts=32, top_k=4)
+    ids, weights = scaling.zipf_routing(2.0)(500, shape)
+    assert all(row.unique().numel() == 4 for row in ids)
+    assert torch.allclose(weights.sum(-1), torch.ones(500))
+    assert (ids == 0).any(-1).float().mean() > 0.9
+    assert (ids == 31).any(-1).float().mean() < 0.1
+    ids, _ = scaling.zipf_routing(0.0)(2000, shape)
+    assert ids.flatten().bincount(minlength=32).min() > 150  # 250 each
+
+
+def test_saving_replaces_rows_of_the_same_sizes(tmp_path):
+    report.save("experts", ("tokens", "peer"), [row("a", 1.0), row("b", 2.0)], tmp_path)
+    path = report.save("experts", ("tokens", "peer"), [row("b", 3.0)], tmp_path)
+    saved = json.loads(path.read_text())
+    assert [(r["peer"], r["us"]) for r in saved["rows"]] == [("a", 1.0), ("b", 3.0)]
+    assert saved["command"] == "python -m benchmarks.cpu experts"
