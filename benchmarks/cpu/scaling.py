@@ -39,9 +39,9 @@ def zipf_routing(exponent: float) -> Callable[[int, MoeShape], Routing]:
 
 
 def layers(shape: MoeShape) -> int:
-    """As many as exceed a last-level cache of 256 MB, at least three."""
+    """As many as exceed a last-level cache of 256 MB, at least two."""
     per_layer = shape.experts * 3 * shape.hidden * shape.width // 2
-    return max(3, -(-(256 << 20) // per_layer))
+    return max(2, -(-(256 << 20) // per_layer))
 
 
 def vary(kind: str, budget: float, tokens: list[int]) -> list[dict[str, Any]]:
@@ -53,11 +53,12 @@ def vary(kind: str, budget: float, tokens: list[int]) -> list[dict[str, Any]]:
         "threads": [(t, base, uniform_routing, t) for t in THREADS],
     }[kind]
     rows: list[dict[str, Any]] = []
-    before = torch.get_num_threads()
+    before, held, contenders = torch.get_num_threads(), 0, []
     for value, shape, route, threads in variants:
         torch.set_num_threads(threads or before)
         new: list[dict[str, Any]] = []
-        contenders = prepare([PEER], shape, layers(shape))
+        if shape.experts != held:  # the weights do not depend on the rest
+            contenders, held = prepare([PEER], shape, layers(shape)), shape.experts
         for count in tokens:
             new += measure(contenders, count, shape, budget, route)
         hold_against(new, measure_limits(torch.get_num_threads()))
