@@ -203,6 +203,13 @@ def is_sparse_layer(config: Qwen3MoeConfig, layer_idx: int) -> bool:
     return sparse and layer_idx not in config.mlp_only_layers
 
 
+class OutputProjection(nn.Linear):
+    """Takes the rows that `logits_to_keep` leaves: for rows with gaps F.linear copies the weight for every sequence."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.contiguous())
+
+
 class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
     """Qwen3-MoE for inference with packed experts.
 
@@ -223,6 +230,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         if config._attn_implementation is None:
             config._attn_implementation = attention.NAME
         super().__init__(config)
+        self.lm_head.__class__ = OutputProjection  # in place: its weight may be the embedding's
         self.model.layers = nn.ModuleList(
             DecoderLayer(config, i, moe_implementation) for i in range(config.num_hidden_layers)
         )

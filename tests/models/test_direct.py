@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from ferrum_models import Qwen3MoeForCausalLM
@@ -108,3 +109,22 @@ def test_hooks_are_called(model, taken):
     assert seen and not taken
     model(ids(1, 4))
     assert taken
+
+
+class Ops(TorchDispatchMode):
+    """Names of the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", [Qwen3MoeForCausalLM.__call__, by_modules], ids=["direct", "modules"])
+def test_the_output_projection_is_not_copied_per_sequence(model, way):
+    with torch.no_grad(), Ops() as ops:
+        way(model, ids(3, 5), logits_to_keep=1)
+    assert "aten::mm" in ops.names and "aten::bmm" not in ops.names
