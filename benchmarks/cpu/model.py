@@ -69,16 +69,22 @@ def workload(name: str, vocab: int) -> tuple[int, Callable[[Model], float]]:
     kind, _, size = name.partition(" ")
     if kind == "prompt":
         ids = random_ids(vocab, 1, int(size))
-        return int(size), lambda model: _seconds(model, ids, 1)
+        return int(size), lambda model: _prompt_seconds(model, ids)
     batch = int(size)
     ids, steps = random_ids(vocab, batch, PROMPT), STEPS[batch]
-    return batch * steps, lambda model: _seconds(model, ids, steps + 1) - _seconds(model, ids, 1)
+    return batch * steps, lambda model: _decode_seconds(model, ids, steps)
 
 
-def _seconds(model: Model, ids: torch.Tensor, tokens: int) -> float:
+def _prompt_seconds(model: Model, ids: torch.Tensor) -> float:
+    """Until the first token."""
     start = time.perf_counter()
-    model.generate(ids, tokens)
-    return time.perf_counter() - start
+    return model.generate(ids, 1)[0] - start
+
+
+def _decode_seconds(model: Model, ids: torch.Tensor, steps: int) -> float:
+    """From the first token on."""
+    times = model.generate(ids, steps + 1)
+    return times[-1] - times[0]
 
 
 def measure(loaded: list[Loaded], name: str, vocab: int, rounds: int) -> list[dict[str, Any]]:

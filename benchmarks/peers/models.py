@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from transformers import Qwen3MoeForCausalLM as HfQwen3MoeForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from examples.demo import dense_twin
 from ferrum_models import Qwen3MoeForCausalLM
@@ -23,11 +24,24 @@ UBATCH, CONTEXT = 512, 1024
 
 
 class Model(Protocol):
-    def generate(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-        """int64 `[B, T]`, without padding -> the `tokens` most likely next ones, `[B, tokens]`."""
+    def generate(self, ids: torch.Tensor, tokens: int) -> list[float]:
+        """int64 `[B, T]`, without padding, continued greedily by `tokens` each: the clock after every one of them."""
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 `[1, T]` -> float32 `[V]`, of what follows the last token."""
+
+
+class Clock(BaseStreamer):
+    """What `generate` hands its tokens to, the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 class TorchModel:
@@ -36,16 +50,18 @@ class TorchModel:
     def __init__(self, model: Any, **generation: Any) -> None:
         self.model, self.generation = model, generation
 
-    def generate(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-        out = self.model.generate(
+    def generate(self, ids: torch.Tensor, tokens: int) -> list[float]:
+        clock = Clock()
+        self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
+            streamer=clock,
             **self.generation,
         )
-        return out[:, ids.shape[1] :]
+        return clock.times[1:]
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids, logits_to_keep=1).logits[0, -1].float()
@@ -103,15 +119,15 @@ class LlamaCppModel:
         pointer = ctypes.cast(lib.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(pointer, (count, self.vocab))
 
-    def generate(self, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    def generate(self, ids: torch.Tensor, tokens: int) -> list[float]:
         self.start(ids.shape[0])
-        out = np.empty((ids.shape[0], tokens), np.int64)
-        step, position = ids.numpy(), 0
-        for n in range(tokens):
-            out[:, n] = self.decode(step, position).argmax(-1)
+        step, position, times = ids.numpy(), 0, []
+        for _ in range(tokens):
+            logits = self.decode(step, position)
             position += step.shape[1]
-            step = out[:, n : n + 1]
-        return torch.from_numpy(out)
+            step = logits.argmax(-1)[:, None]
+            times.append(time.perf_counter())
+        return times
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         self.start(1)
