@@ -9,6 +9,7 @@ reads pages. --compile times the compiled reference at
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -28,10 +29,12 @@ PREFILLS = (512, 1024, 2048, 4096)
 def cases(
     dtype: torch.dtype = torch.bfloat16, only: str = "", prefill_sizes: tuple[int, ...] = PREFILLS
 ) -> Iterator[Case]:
-    decodes = [(batch, 1, keys) for batch, keys in DECODES] if only != "prefill" else []
-    chunks = [(1, tokens, keys) for tokens, keys in CHUNKS] if only == "" else []
-    prefills = [(1, tokens, tokens) for tokens in prefill_sizes] if only != "decode" else []
-    for batch, tokens, keys in decodes + chunks + prefills:
+    sizes = {
+        "decode": [(batch, 1, keys) for batch, keys in DECODES],
+        "chunk": [(1, tokens, keys) for tokens, keys in CHUNKS],
+        "prefill": [(1, tokens, tokens) for tokens in prefill_sizes],
+    }
+    for batch, tokens, keys in itertools.chain.from_iterable([sizes[only]] if only else sizes.values()):
         q = torch.randn(batch, tokens, HEADS, HEAD_DIM).to(dtype)
         k, v = torch.randn(2, batch, KV_HEADS, keys, HEAD_DIM).to(dtype).unbind()
         lens = torch.full((batch,), keys, dtype=torch.int32)
@@ -62,7 +65,7 @@ def cases(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--only", default="", choices=["", "decode", "prefill"])
+    parser.add_argument("--only", default="", choices=["", "decode", "chunk", "prefill"])
     parser.add_argument(
         "--compile", action="store_true", help="also time the compiled reference, of prefills only the first"
     )
