@@ -15,7 +15,7 @@ import torch
 from benchmarks.cpu import report
 from benchmarks.peers.models import MODELS, Model, ModelPeer, timed_load
 
-PEERS = ("ferrum", "llama.cpp Q4_K_M", "llama.cpp Q4_0", "transformers")
+PEERS = ("ferrum float32", "ferrum bfloat16", "llama.cpp Q4_K_M", "llama.cpp Q4_0", "transformers")
 WORKLOADS = ("first", "prompt 128", "prompt 512", "decode 1", "decode 8", "decode 16")
 
 #: Of every decoded sequence.
