@@ -9,6 +9,7 @@ from torch import nn
 
 import ferrum_ops
 from ferrum_models.moe.weights import ExpertWeights
+from ferrum_ops.formats import int4, int8
 
 
 class _FormatModule(nn.Module):
@@ -84,6 +85,71 @@ class Int4Linear(_FormatModule):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, "
             f"zeros={self.zeros is not None}, perm={self.perm is not None}, activation={self.activation}"
+        )
+
+
+class RoundedLinear(_FormatModule):
+    """`x @ W + bias` with a dense W that was rounded to int8 or int4 while loading, in groups of 128. Saved dense.
+
+    `packed` uint8 [N_pad/16, K_packed/8, 16 * bits], `scales` float16 [N_pad/16, G, 16], `bias` [N] or None.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    group_size = 128
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        bits: int,
+        in_features: int,
+        out_features: int,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+        self.bits, self.in_features, self.out_features = bits, in_features, out_features
+        self.activation, self.dtype = activation, dtype
+
+    @property
+    def layout(self) -> str:
+        return f"int{self.bits}_cpu"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = self.group_size
+        if self.bits == 8:
+            return ferrum_ops.int8_linear(
+                x, self.packed, self.scales, self.bias, self.out_features, size, self.activation
+            )
+        return ferrum_ops.int4_linear(
+            x, self.packed, self.scales, None, None, self.bias, self.out_features, size, self.activation
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rounded weight `[N, K]`, for saving."""
+        sizes = (self.in_features, self.out_features, self.group_size, torch.float32)
+        if self.bits == 8:
+            weight = int8.dequantize(self.packed, self.scales, *sizes)
+        else:
+            weight = int4.dequantize(self.packed, self.scales, None, None, *sizes)
+        return weight.T.to(self.dtype).contiguous()
+
+    def set_activation(self, name: str) -> None:
+        self.activation = name
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"activation={self.activation}"
         )
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 
 import ferrum_ops
 from ferrum_models.checkpoint import Checkpoint, CheckpointError
 from ferrum_models.quantization.settings import GptqSettings
-from ferrum_ops.formats import gptq, int4
+from ferrum_ops.formats import gptq, int4, int8
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -76,6 +77,22 @@ class DenseSource(LinearSource):
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         return self.checkpoint.read(f"{self.name}.weight").to(dtype)
+
+    def rounded(self, bits: int, group_size: int) -> dict[str, torch.Tensor]:
+        """`packed` and `scales` of `RoundedLinear`. Rounded a run of columns at a time: a head is large."""
+        columns = 4096
+        parts = []
+        with self.checkpoint.mapped(f"{self.name}.weight") as weight:
+            for part in weight.split(columns):
+                if bits == 8:
+                    codes, scales = int8.quantize_rtn(part, group_size)
+                    packed = int8.pack(codes)
+                else:
+                    codes, scales = int4.quantize_rtn(part, group_size)
+                    words = gptq.pack_rows(F.pad(codes, (0, 0, 0, -self.in_features % 8)), 4)
+                    packed = ferrum_ops.int4_pack(words, None, self.in_features)
+                parts.append((packed, int4.pack_groups(scales)))
+        return {"packed": torch.cat([p for p, _ in parts]), "scales": torch.cat([s for _, s in parts])}
 
 
 class QuantizedSource(LinearSource):

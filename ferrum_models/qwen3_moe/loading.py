@@ -37,6 +37,7 @@ HUB_ARGUMENTS = (
     "subfolder",
 )
 QUANTIZE = (None, "int4")
+LM_HEAD = (None, "int8", "int4")
 
 
 def load_pretrained(
@@ -46,6 +47,7 @@ def load_pretrained(
     moe_implementation: str,
     activation: str,
     quantize: str | None,
+    lm_head: str | None,
     runtime_config: RuntimeConfig,
     **kwargs: Any,
 ) -> Qwen3MoeForCausalLM:
@@ -55,6 +57,8 @@ def load_pretrained(
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"[quantize] expected one of {QUANTIZE}, got {quantize!r}")
+    if lm_head not in LM_HEAD:
+        raise ValueError(f"[lm_head] expected one of {LM_HEAD}, got {lm_head!r}")
     start = time.perf_counter()
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     # The dtype is settled first: a configuration would take it for its own attribute.
@@ -67,11 +71,13 @@ def load_pretrained(
         settings = {"device": device, "activation": activation, "quantize": quantize}
         dtypes = (torch_dtype, dtype_argument)
         if gguf_file is not None:
+            if lm_head is not None:
+                raise ValueError(f"[lm_head] expected None for a GGUF file, got {lm_head!r}")
             planned = plan_gguf(gguf_file, config, kwargs, dtypes, **settings)
         else:
             directory = find_directory(name_or_path, hub)
             trace = runtime_config.moe_load_trace
-            planned = plan_safetensors(directory, config, kwargs, dtypes, trace=trace, **settings)
+            planned = plan_safetensors(directory, config, kwargs, dtypes, trace=trace, lm_head=lm_head, **settings)
         for message in planned.plan.report.warnings:
             warnings.warn(message, stacklevel=4)
         planned.config.quantization_config = {
@@ -129,6 +135,7 @@ def plan_safetensors(
     device: torch.device,
     activation: str,
     quantize: str | None,
+    lm_head: str | None,
     trace: bool,
 ) -> Planned:
     if config is None:  # as in transformers, names of its attributes among the arguments change it
@@ -147,6 +154,7 @@ def plan_safetensors(
         device=device,
         activation=activation,
         quantize=quantize,
+        lm_head=lm_head,
         trace=trace,
     ).plan()
     generation = None

@@ -249,6 +249,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         moe_implementation: str = "fused",
         activation: str = "int8",
         quantize: str | None = None,
+        lm_head: str | None = None,
         runtime_config: RuntimeConfig | None = None,
         **kwargs: Any,
     ) -> Qwen3MoeForCausalLM:
@@ -261,6 +262,8 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             activation: CPU kernels: "int8" quantises activations per group of 128, "full" keeps them.
             quantize: "int4" packs the linears and experts of a dense checkpoint while loading (round to nearest,
                 groups of 128); None leaves them dense.
+            lm_head: on a CPU, "int8" or "int4" rounds a dense lm_head while loading (to nearest, groups of 128): every
+                token reads a half or a quarter of what bfloat16 takes. Saved dense again, with the rounded values.
             runtime_config: the knobs of this model, kept as `model.runtime_config`; None takes them from FERRUM_*
                 variables.
             kwargs: as in transformers: `dtype` (of the activations), `device_map`, `attn_implementation`, `config`, ...
@@ -278,6 +281,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             moe_implementation=check_implementation(moe_implementation),
             activation=check_activation(activation),
             quantize=quantize,
+            lm_head=lm_head,
             runtime_config=RuntimeConfig() if runtime_config is None else runtime_config,
             **kwargs,
         )

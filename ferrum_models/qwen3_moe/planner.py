@@ -25,6 +25,7 @@ from ferrum_models.quantization.modules import (
     GptqLinear,
     Int4Linear,
     PackedExperts,
+    RoundedLinear,
     meta,
 )
 from ferrum_models.quantization.quantizer import ModulePlans
@@ -41,6 +42,7 @@ from ferrum_models.quantization.sources import (
 )
 from ferrum_models.qwen3_moe.modeling import is_sparse_layer
 from ferrum_models.report import LoadReport, ModuleReport, traced
+from ferrum_ops.formats import int8
 
 #: Tensors older writers store and no model needs.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
@@ -73,10 +75,12 @@ class Planner:
         device: torch.device,
         activation: str,
         quantize: str | None,
+        lm_head: str | None,
         trace: bool = False,
     ) -> None:
         self.config, self.checkpoint, self.settings = config, checkpoint, settings
         self.dtype, self.device, self.activation, self.quantize = dtype, device, activation, quantize
+        self.lm_head_format = lm_head  # "int8" or "int4": rounded while loading
         self.trace = trace  # log every module as it is packed
         self.used: set[str] = set()
         self.result = Plan()
@@ -147,9 +151,16 @@ class Planner:
                     "one",
                 )
             self.used.add(f"{name}.weight")  # some writers store the tied copy
+            if self.lm_head_format is not None:
+                raise ValueError(
+                    f"[lm_head] expected None for a model with tie_word_embeddings, got {self.lm_head_format!r}"
+                )
             return
         source = self.source(name, shape[1], shape[0], round_allowed=False)
-        self.linear(name, [source])
+        if self.lm_head_format is None:
+            self.linear(name, [source])
+        else:
+            self.rounded_linear(name, source, self.lm_head_format)
 
     # Linears.
 
@@ -252,6 +263,45 @@ class Planner:
         self.result.modules[path] = module
         self.add_group(path, shapes, build)
         self.add_report(path, "int4_cpu", list(sources), _nbytes(shapes))
+
+    def rounded_linear(self, path: str, source: LinearSource, weight_format: str) -> None:
+        """A dense linear rounded to "int8" or "int4" while loading."""
+        if not isinstance(source, DenseSource):
+            raise ValueError(
+                f"[{path}] expected None for a checkpoint whose {path} is quantised already, got {weight_format!r}"
+            )
+        if self.device.type != "cpu":
+            raise ValueError(f"[{path}] expected None on {self.device.type}, got {weight_format!r}, a layout for CPUs")
+        bits = int(weight_format.removeprefix("int"))
+        in_features, out_features, size = source.in_features, source.out_features, RoundedLinear.group_size
+        shapes = _int4_shapes("", (), -(-out_features // 16), in_features, size, with_zeros=False)
+        if bits == 8:
+            shapes["packed"] = ((*shapes["packed"][0][:2], int8.LINE_BYTES), torch.uint8)
+        if source.bias_name is not None:
+            shapes["bias"] = ((out_features,), self.dtype)
+
+        def build() -> dict[str, torch.Tensor]:
+            bias = source.bias(self.dtype)
+            return source.rounded(bits, size) | ({} if bias is None else {"bias": bias})
+
+        def module() -> nn.Module:
+            made = {name: meta(*shape) for name, shape in shapes.items()}
+            return RoundedLinear(
+                made["packed"],
+                made["scales"],
+                made.get("bias"),
+                bits=bits,
+                in_features=in_features,
+                out_features=out_features,
+                activation=self.activation,
+                dtype=self.dtype,
+            )
+
+        self.result.modules[path] = module
+        self.add_group(path, shapes, build)
+        # Saved dense, so it is no reason for a quantization_config: not among `packed`.
+        dense = in_features * out_features * self.dtype.itemsize
+        self.result.report.modules.append(ModuleReport(path, f"{weight_format}_cpu", _nbytes(shapes), dense))
 
     def gptq_linear(self, path: str, source: GptqSource) -> None:
         shapes = source.shapes()

@@ -278,7 +278,8 @@ class TestIndex:
 
 
 def test_names_of_arguments(checkpoint):
-    for argument, value in (("moe_implementation", "magic"), ("activation", "int3"), ("quantize", "int2")):
+    names = {"moe_implementation": "magic", "activation": "int3", "quantize": "int2", "lm_head": "int5"}
+    for argument, value in names.items():
         with pytest.raises(ValueError, match=rf"\[{argument}\] expected one of .*, got '{value}'"):
             Qwen3MoeForCausalLM.from_pretrained(checkpoint, **{argument: value})
     with pytest.raises(ValueError, match=r"\[quantize\] expected None for a checkpoint that is quantised already"):

@@ -157,6 +157,38 @@ def test_quantize_int4_packs_a_dense_checkpoint(tmp_path):
     assert any(key.endswith(".qweight") for key in read_tensors(tmp_path / "gptq"))
 
 
+@pytest.mark.parametrize("quantized", [True, False], ids=["gptq", "dense"])
+@pytest.mark.parametrize("lm_head, bound", [("int8", 1e-2), ("int4", 0.2)])
+def test_lm_head_is_rounded_while_loading(lm_head, bound, quantized, tmp_path):
+    oracle = make_checkpoint(tmp_path / "original", Recipe(quantized=quantized))
+    model = load(tmp_path / "original", lm_head=lm_head, activation="full")
+    head = model.lm_head
+    assert head.layout == f"{lm_head}_cpu" and head.packed.dtype == torch.uint8
+    assert 0 < relative_error(head.weight, oracle.lm_head.weight) < bound
+    with torch.no_grad():
+        hidden = model.model(IDS).last_hidden_state
+        assert relative_error(model(IDS).logits, hidden @ head.weight.T) < 1e-5
+
+    model.save_pretrained(tmp_path / "saved")  # the original format, with the rounded values
+    original, saved = read_tensors(tmp_path / "original"), read_tensors(tmp_path / "saved")
+    assert {name: (t.shape, t.dtype) for name, t in saved.items()} == {
+        name: (t.shape, t.dtype) for name, t in original.items()
+    }
+    assert [name for name in saved if not torch.equal(saved[name], original[name])] == ["lm_head.weight"]
+    again = load(tmp_path / "saved", activation="full")
+    with torch.no_grad():
+        assert relative_error(again(IDS).logits, model(IDS).logits) < 1e-5
+
+
+def test_lm_head_cannot_be_rounded_twice_or_tied(tmp_path):
+    make_checkpoint(tmp_path / "quantised", Recipe(lm_head=True))
+    with pytest.raises(ValueError, match=r"\[lm_head\] expected None for a checkpoint whose lm_head is quantised"):
+        load(tmp_path / "quantised", lm_head="int8")
+    make_checkpoint(tmp_path / "tied", Recipe(config={"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"\[lm_head\] expected None for a model with tie_word_embeddings"):
+        load(tmp_path / "tied", lm_head="int4")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_activations(dtype, tmp_path):
     oracle = make_checkpoint(tmp_path, Recipe())
