@@ -69,7 +69,7 @@ def _groups(in_features: int, bits: int, group_size: int, has_g_idx: bool, dtype
 def _tile(groups: int, dtype: torch.dtype, few_rows: bool) -> GemmConfig:
     if groups == FROM_G_IDX.value:
         # Nothing is fetched ahead: each plane has scales of its own, more than shared memory has room for.
-        return GemmConfig(groups, 16 if dtype == torch.float32 else 32, 64, num_warps=4, num_stages=1)
+        return GemmConfig(groups, 32, 64, num_warps=8 if dtype == torch.float32 else 4, num_stages=1)
     if groups == ONE_PER_PERIOD.value:
         return GemmConfig(groups, 16 if few_rows else 32, 64, num_warps=4, num_stages=2)
     # With few rows, three blocks on a multiprocessor each have 24 KB of words on their way.

@@ -31,9 +31,10 @@ def _periods(qweight_ptr, row, n, mask, out_features, BITS: tl.constexpr):
         low = tl.load(qweight_ptr + row * 3 // 4 * out_features + n, mask=mask, other=0)
         high = tl.load(qweight_ptr + (row * 3 // 4 + 1) * out_features + n, mask=mask & crosses, other=0)
         return _joined(low, high, shift, crosses)
-    if BITS == 2:
+    elif BITS == 2:
         return tl.load(qweight_ptr + row // 2 * out_features + n, mask=mask, other=0) >> row % 2 * 16
-    return tl.load(qweight_ptr + row * out_features + n, mask=mask, other=0)
+    else:
+        return tl.load(qweight_ptr + row * out_features + n, mask=mask, other=0)
 
 
 @triton.jit
@@ -53,11 +54,12 @@ def _zero(row_ptr, n, mask, zero_offset, BITS: tl.constexpr):
         low = tl.load(row_ptr + 3 * n // 32, mask=mask, other=0)
         high = tl.load(row_ptr + 3 * n // 32 + 1, mask=mask & crosses, other=0)
         return (_joined(low, high, shift, crosses) + zero_offset) & MASK
-    PER_WORD: tl.constexpr = 32 // BITS
-    ONES: tl.constexpr = 0xFFFFFFFF // MASK  # a one in every field
-    word = tl.load(row_ptr + n // PER_WORD, mask=mask, other=0)
-    word = tl.add(word, zero_offset * ONES, sanitize_overflow=False)
-    return (word >> (n % PER_WORD * BITS)) & MASK
+    else:
+        PER_WORD: tl.constexpr = 32 // BITS
+        ONES: tl.constexpr = 0xFFFFFFFF // MASK  # a one in every field
+        word = tl.load(row_ptr + n // PER_WORD, mask=mask, other=0)
+        word = tl.add(word, zero_offset * ONES, sanitize_overflow=False)
+        return (word >> (n % PER_WORD * BITS)) & MASK
 
 
 @triton.jit
@@ -67,10 +69,10 @@ def _centred(code, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     Each becomes the low bits of the mantissa of 2^10, 2^7 or 2^23, which costs one `or`; a conversion of integers runs
     at a fraction of that rate.
     """
-    if tl.float16 == DTYPE:
+    if DTYPE == tl.float16:
         code = (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
         zero = (zero | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
-    elif tl.bfloat16 == DTYPE and BITS < 8:
+    elif DTYPE == tl.bfloat16 and BITS < 8:
         code = (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
         zero = (zero | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -82,9 +84,10 @@ def _centred(code, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _activations(words, i: tl.constexpr, DTYPE: tl.constexpr):
     """Activation i of each 32-bit word of x."""
-    if tl.float32 == DTYPE:
+    if DTYPE == tl.float32:
         return words.to(tl.float32, bitcast=True)
-    return (words >> 16 * i).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        return (words >> 16 * i).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -98,12 +101,13 @@ def _weight(code, scales_ptr, qzeros_ptr, group, n, mask, out_features, zero_wor
 @triton.jit
 def _multiplied(x, weight, sums, DTYPE: tl.constexpr):
     """`sums + x @ weight` for fp32 weights: as tf32, or in fp32 where x is float32."""
-    if tl.float32 == DTYPE:
+    if DTYPE == tl.float32:
         return tl.dot(x, weight, sums, input_precision="ieee")
-    # Tensor cores drop the low 13 bits; the rounding is to nearest. A NaN must not be carried into the sign.
-    nearest = tl.add(weight.to(tl.int32, bitcast=True), 0x1000, sanitize_overflow=False) & ~0x1FFF
-    weight = tl.where(weight == weight, nearest.to(tl.float32, bitcast=True), weight)
-    return tl.dot(x.to(tl.float32), weight, sums, input_precision="tf32")
+    else:
+        # Tensor cores drop the low 13 bits; the rounding is to nearest. A NaN must not be carried into the sign.
+        nearest = tl.add(weight.to(tl.int32, bitcast=True), 0x1000, sanitize_overflow=False) & ~0x1FFF
+        weight = tl.where(weight == weight, nearest.to(tl.float32, bitcast=True), weight)
+        return tl.dot(x.to(tl.float32), weight, sums, input_precision="tf32")
 
 
 @triton.jit(do_not_specialize=["rows", "periods", "groups", "group_size", "zero_offset", "bias_size", "split_tiles"])
@@ -135,7 +139,7 @@ def gptq_gemm_kernel(
     """Grid: (tiles of the result, those of one column of tiles next to each other; splits of K)."""
     PLANES: tl.constexpr = 4 if BITS == 8 else 8
     MASK: tl.constexpr = (1 << BITS) - 1
-    PACKED: tl.constexpr = 1 if tl.float32 == DTYPE else 2
+    PACKED: tl.constexpr = 1 if DTYPE == tl.float32 else 2
     tiles_m = tl.cdiv(rows, BLOCK_M)
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
