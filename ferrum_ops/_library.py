@@ -81,10 +81,11 @@ def _on_one_device(name: str, function: Callable[..., Any]) -> Callable[..., Any
     def checked(*args: Any, **kwargs: Any) -> Any:
         expected: torch.device | None = None
         for argument, value in (*zip(names, args), *kwargs.items()):
-            if isinstance(value, torch.Tensor):
-                expected = value.device if expected is None else expected
-                if value.device != expected:
-                    raise RuntimeError(f"[{packet}] {argument}: expected a tensor on {expected}, got {value.device}")
+            for t in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(t, torch.Tensor):
+                    expected = t.device if expected is None else expected
+                    if t.device != expected:
+                        raise RuntimeError(f"[{packet}] {argument}: expected a tensor on {expected}, got {t.device}")
         return function(*args, **kwargs)
 
     return checked

@@ -13,6 +13,12 @@ def tensor_indices(args):
     return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
 
 
+def to_meta(argument):
+    if isinstance(argument, list):
+        return [to_meta(a) for a in argument]
+    return argument.to("meta") if isinstance(argument, torch.Tensor) else argument
+
+
 def sample_with_most_tensors(op):
     return max(op.inputs("cpu", torch.float32), key=lambda args: len(tensor_indices(args)))
 
@@ -33,9 +39,17 @@ def test_a_tensor_on_another_device_is_named(name):
             torch_op(name)(*others)
 
 
+def test_a_tensor_of_a_list_on_another_device_is_named():
+    x, blocks, types, bias, activation = sample_with_most_tensors(ferrum_ops.OPS["gguf_linear"])
+    blocks = [blocks[0], *(b.to("meta") for b in blocks[1:])]
+    assert len(blocks) > 1
+    with pytest.raises(RuntimeError, match=r"\[gguf_linear\] blocks: expected a tensor on cpu, got meta"):
+        torch_op("gguf_linear")(x, blocks, types, bias, activation)
+
+
 @pytest.mark.parametrize("name", sorted(ferrum_ops.OPS))
 def test_meta_tensors_alone_give_meta_tensors(name):
-    args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample_with_most_tensors(ferrum_ops.OPS[name])]
+    args = [to_meta(a) for a in sample_with_most_tensors(ferrum_ops.OPS[name])]
     result = torch_op(name)(*args)
     outputs = [] if result is None else [result] if isinstance(result, torch.Tensor) else list(result)
     assert all(o.device.type == "meta" for o in outputs)

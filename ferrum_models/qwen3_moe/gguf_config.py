@@ -35,12 +35,22 @@ def qwen3_moe_config(checkpoint: GgufCheckpoint) -> Qwen3MoeConfig:
     for key, allowed in FIXED.items():
         if (found := checkpoint.metadata.get(f"{ARCHITECTURE}.{key}", allowed[0])) not in allowed:
             raise CheckpointError(checkpoint.path, None, f"{ARCHITECTURE}.{key} {allowed[0]}", repr(found))
-    sizes = {key: get(key) for key in ("block_count", "embedding_length", "attention.head_count", "expert_count")}
-    sizes["expert_used_count"] = get("expert_used_count")
+    keys = ("block_count", "embedding_length", "attention.head_count", "expert_count", "expert_used_count")
+    sizes = {key: get(key) for key in keys}
+    sizes["attention.head_count_kv"] = get("attention.head_count_kv", default=sizes["attention.head_count"])
     for key, size in sizes.items():
         if not 1 <= size < 1 << 20:
             raise CheckpointError(checkpoint.path, None, f"{ARCHITECTURE}.{key} from 1 to {(1 << 20) - 1}", str(size))
-    hidden, heads = sizes["embedding_length"], sizes["attention.head_count"]
+    hidden, heads, kv_heads = (
+        sizes[k] for k in ("embedding_length", "attention.head_count", "attention.head_count_kv")
+    )
+    if heads % kv_heads:
+        raise CheckpointError(
+            checkpoint.path, None, f"a divisor of {heads} query heads as head_count_kv", str(kv_heads)
+        )
+    if sizes["expert_used_count"] > sizes["expert_count"]:
+        expected = f"{ARCHITECTURE}.expert_used_count of at most {sizes['expert_count']}"
+        raise CheckpointError(checkpoint.path, None, expected, str(sizes["expert_used_count"]))
     head_dim = get("attention.key_length", default=hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := get(key, default=head_dim)) != head_dim:
@@ -54,7 +64,7 @@ def qwen3_moe_config(checkpoint: GgufCheckpoint) -> Qwen3MoeConfig:
         intermediate_size=get("feed_forward_length", default=width),
         num_hidden_layers=sizes["block_count"],
         num_attention_heads=heads,
-        num_key_value_heads=get("attention.head_count_kv", default=heads),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=get("context_length"),
         rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),

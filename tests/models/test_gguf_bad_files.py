@@ -140,6 +140,12 @@ def test_wrong_shape_and_unexpected_tensor(tmp_path):
         ({"context_length": None}, "expected the key qwen3moe.context_length"),
         ({"attention.layer_norm_rms_epsilon": None}, "expected the key qwen3moe.attention.layer_norm_rms_epsilon"),
         ({"attention.value_length": 16}, "expected qwen3moe.attention.value_length 32, the key length, found 16"),
+        ({"attention.head_count_kv": 0}, "qwen3moe.attention.head_count_kv from 1 to 1048575, found 0"),
+        (
+            {"attention.head_count": 3, "attention.head_count_kv": 2},
+            "a divisor of 3 query heads as head_count_kv, found 2",
+        ),
+        ({"expert_used_count": 3}, "expected qwen3moe.expert_used_count of at most 2, found 3"),
         ({"attention.sliding_window": 128}, "expected qwen3moe.attention.sliding_window 0, found 128"),
         ({"expert_gating_func": 2}, "expected qwen3moe.expert_gating_func 0, found 2"),
         ({"rope.scaling.type": "longrope"}, "rope.scaling.type none, linear or yarn, found 'longrope'"),
