@@ -17,19 +17,22 @@ def emulated_cases():
     return [case for case in cases() if case.values[0].name in NAMES]
 
 
+def bits(t):
+    return t.contiguous().flatten().view(torch.uint8)
+
+
 @pytest.mark.parametrize("op, dtype, args", emulated_cases())
 def test_kernel_equals_reference(op, dtype, args, emulated):
     expected = outputs(op, op.ref, copy_args(args, to_float64))
-    first = None
+    results = []
     for schedule in SCHEDULES:
         with emulated.guard_pages(GUARD[schedule]), emulated.schedule(schedule, seed=1):
-            got = outputs(op, emulated.op(op.name), copy_args(args))
-        assert len(got) == len(expected)
-        for g, e in zip(got, expected):
-            assert_close(op.name, g, e, tolerance(op.name, dtype))
-        first = first or got
-        for a, b in zip(first, got):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.numel() else True
+            results.append(outputs(op, emulated.op(op.name), copy_args(args)))
+        assert len(results[-1]) == len(expected)
+        for got, e in zip(results[-1], expected):
+            assert_close(op.name, got, e, tolerance(op.name, dtype))
+    for other in results[1:]:
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other)), "the order of threads shows"
 
 
 def test_kernels_are_registered(emulated):

@@ -181,6 +181,16 @@ def test_bfloat16_tiles(unmutated):
     run(unmutated, "matmul_nt", *matmul_nt(torch.bfloat16))
 
 
+def test_the_order_of_threads_changes_an_unordered_sum(unmutated):
+    x, sums = torch.randn(1000), []
+    for schedule in SCHEDULES:
+        with unmutated.schedule(schedule, seed=3):
+            sums.append(torch.zeros(1))
+            unmutated.op("unordered_total_")(x, sums[-1])
+        assert_close("unordered_total_", sums[-1], x.double().sum(0, keepdim=True), 1e-4)
+    assert len({s.item() for s in sums}) == 3
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_mutation_is_caught(mutation, emulation):
     text = mutation.source.read_text()
