@@ -36,6 +36,7 @@ def projection(groups, bits, tiles=2, out_features=150, scale_dtype=torch.float1
     return tensors, (torch.arange(in_features, dtype=torch.int32) // 32)[order] if groups == "g_idx" else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("bits", formats.SUPPORTED_BITS)
 @pytest.mark.parametrize("groups", GROUPS)
