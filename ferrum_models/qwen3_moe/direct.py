@@ -11,13 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import ferrum_ops
-from ferrum_models.moe.profile import phase
 from ferrum_models.moe.registry import run_experts
 from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
 from ferrum_models.qwen3_moe.cache import GrowingLayer, let_grow
@@ -142,11 +140,9 @@ def decoder_layer(
     mlp = parts["mlp"]
     if "experts" not in mlp._modules:
         return residual + mlp.forward(normed)
-    gate, experts = mlp._modules["gate"], mlp._modules["experts"]
-    with phase("route"):
-        logits = F.linear(normed, gate.weight)
-        topk_ids, topk_weights = ferrum_ops.route_topk_softmax(logits, gate.top_k, gate.norm_topk_prob)
-    return residual + run_experts(mlp.implementation, normed, topk_ids, topk_weights, experts.weights)
+    _, topk_weights, topk_ids = mlp._modules["gate"].forward(normed)
+    weights = mlp._modules["experts"].weights
+    return residual + run_experts(mlp.implementation, normed, topk_ids, topk_weights, weights)
 
 
 def attention(
