@@ -6,8 +6,8 @@
 //   codes  uint8   [N_pad/16, K_packed/8, 64]    N_pad = N rounded up to 16
 //   scales float16 [N_pad/16, G, 16]             G = ceil(K_packed / group_size); the last group may be shorter
 //   zeros  uint8   [N_pad/16, G, 16], 0..16      absent: every zero point is 8
-// int8 weights have the same tiles and scales, a byte per code and zero points of 128: byte 4c+b of a line holds row 8i+b
-// of column c, byte 64+4c+b row 8i+4+b.
+// int8 weights have the same tiles and scales, a byte per code and zero points of 128: byte 4c+b of a line holds row
+// 8i+b of column c, byte 64+4c+b row 8i+4+b.
 //   codes  uint8   [N_pad/16, K_packed/8, 128]
 #pragma once
 
