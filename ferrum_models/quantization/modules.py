@@ -67,7 +67,7 @@ class Int4Linear(_FormatModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ferrum_ops.int4_linear(
-            x,
+            x.contiguous(),  # the last rows of a batch are a slice
             self.packed,
             self.scales,
             self.zeros,
@@ -124,7 +124,7 @@ class RoundedLinear(_FormatModule):
         return f"int{self.bits}_cpu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        size = self.group_size
+        x, size = x.contiguous(), self.group_size  # the last rows of a batch are a slice
         if self.bits == 8:
             return ferrum_ops.int8_linear(
                 x, self.packed, self.scales, self.bias, self.out_features, size, self.activation

@@ -250,3 +250,15 @@ def test_files_are_closed_after_loading(tmp_path):
     with open("/proc/self/maps") as maps:
         assert str(tmp_path) not in maps.read(), "a checkpoint file is still mapped"
     assert model.load_report.modules
+
+
+@pytest.mark.parametrize("head", ["quantised", "int8", "int4"])
+def test_batches_keep_the_last_row_of_each_sequence_for_a_packed_head(head, tmp_path):
+    make_checkpoint(tmp_path, Recipe(lm_head=head == "quantised"))
+    model = load(tmp_path, activation="full", **({} if head == "quantised" else {"lm_head": head}))
+    ids = torch.arange(1, 13).view(2, 6)
+    kept = model(ids, logits_to_keep=1).logits
+    assert torch.equal(kept, model(ids).logits[:, -1:])
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)  # transformers' own forward pass
+    assert torch.equal(model(ids, logits_to_keep=1).logits, kept)
+    hook.remove()
