@@ -19,9 +19,11 @@ pytest.importorskip("triton")
 def cases():
     for name in KERNELS:
         for dtype in DTYPES:
+            marks = [pytest.mark.slow] if dtype != torch.bfloat16 else []  # the interpreter's hardest case stays
             torch.manual_seed(0)  # samples are drawn while collecting: the same in every run
             for i, args in enumerate(ferrum_ops.OPS[name].inputs("cpu", dtype)):
-                yield pytest.param(name, dtype, args, id=f"{name}-{str(dtype).removeprefix('torch.')}-{i}")
+                case = f"{name}-{str(dtype).removeprefix('torch.')}-{i}"
+                yield pytest.param(name, dtype, args, id=case, marks=marks)
 
 
 @pytest.mark.parametrize("name, dtype, args", list(cases()))
