@@ -51,12 +51,8 @@ def applies(
         or arguments.get("return_dict") is False
     ):
         return False
-    if (
-        model.device.type not in KERNEL_DEVICES
-        or input_ids.device != model.device
-        or is_spread(model)
-        or is_hooked(model)
-    ):
+    device = model.model.embed_tokens.weight.device  # model.device searches the module tree each time it is asked
+    if device.type not in KERNEL_DEVICES or input_ids.device != device or is_spread(model) or is_hooked(model):
         return False
     if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
         return False
@@ -88,9 +84,8 @@ def is_hooked(model: Qwen3MoeForCausalLM) -> bool:
     if known is None or known[0] is not layers:
         hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         known = model.__dict__["_hooks"] = (layers, hooks)
-    return any(
-        not hook.__module__.startswith("transformers.") for hooks in known[1] if hooks for hook in hooks.values()
-    )
+    watchers = (hook for hooks in known[1] if hooks for hook in hooks.values())
+    return any(not (hook.__module__ or "").startswith("transformers.") for hook in watchers)
 
 
 def forward(
