@@ -3,11 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <string>
 #include <vector>
 
 #include "cpu/gguf_activations.h"
+#include "cpu/moe_rows.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -38,61 +38,6 @@ struct Tokens {
   const int32_t* ids;  // outside [0, experts): skipped
 };
 
-// (token, slot) pairs sorted by expert, in the order of the tokens inside one expert. Skipped pairs have no row.
-struct Groups {
-  std::vector<int32_t> experts;  // that have rows, ascending
-  std::vector<int32_t> offsets;  // rows of experts[a]: [offsets[a], offsets[a + 1])
-  std::vector<int32_t> pairs;    // of each row
-  std::vector<int32_t> tokens;   // of each row
-  std::vector<int32_t> row_of;   // of each pair, -1 for a skipped one
-
-  int64_t rows() const { return static_cast<int64_t>(pairs.size()); }
-  int64_t active() const { return static_cast<int64_t>(experts.size()); }
-
-  Groups(const Tokens& t, int64_t num_experts) : row_of(t.tokens * t.top_k, -1) {
-    std::vector<int32_t> next(num_experts, 0);
-    const int64_t count = t.tokens * t.top_k;
-    const auto inside = [&](int64_t pair) { return t.ids[pair] >= 0 && t.ids[pair] < num_experts; };
-    for (int64_t pair = 0; pair < count; ++pair) {
-      next[inside(pair) ? t.ids[pair] : 0] += inside(pair);
-    }
-    offsets.push_back(0);
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const int32_t rows_before = offsets.back();
-      if (next[e] > 0) {
-        experts.push_back(static_cast<int32_t>(e));
-        offsets.push_back(rows_before + next[e]);
-      }
-      next[e] = rows_before;
-    }
-    pairs.resize(offsets.back());
-    tokens.resize(offsets.back());
-    for (int64_t pair = 0; pair < count; ++pair) {
-      if (inside(pair)) {
-        const int32_t row = next[t.ids[pair]]++;
-        pairs[row] = static_cast<int32_t>(pair);
-        tokens[row] = static_cast<int32_t>(pair / t.top_k);
-        row_of[pair] = row;
-      }
-    }
-  }
-};
-
-// Runs f(thread, task) for every task. Threads take runs of consecutive tasks as they become free, so that neither a
-// busy core nor an expert with many rows is waited for. `bytes` is the memory read: little work stays on one thread.
-template <typename F>
-void for_each_task(int64_t tasks, int64_t run, int64_t bytes, const F& f) {
-  const int64_t wanted = std::min<int64_t>(torch::stable::get_num_threads(), (tasks + run - 1) / run);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::max<int64_t>(1, std::min(wanted, bytes >> 16)), 1, [&](int64_t thread, int64_t) {
-    for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run)) {
-      for (int64_t task = first; task < std::min(first + run, tasks); ++task) {
-        f(thread, task);
-      }
-    }
-  });
-}
-
 // Runs of tasks that are one expert's: long enough to read its rows as a stream, short enough to share out.
 int64_t run_of(int64_t tasks) { return std::max<int64_t>(1, tasks / (torch::stable::get_num_threads() * 16)); }
 
@@ -103,7 +48,7 @@ GgufRows prepare(const GgufLayout& layout, const void* values, FloatType type, i
   const int64_t threads = torch::stable::get_num_threads();
   const Scratch<float> staging(threads * rows.staging());
   const int64_t bytes = stride * float_bytes(type);
-  for_each_task(count, 4, count * bytes, [&](int64_t thread, int64_t row) {
+  for_each_task(count, 4, count * bytes, threads, [&](int64_t thread, int64_t row, int64_t) {
     rows.fill(kernels, row, static_cast<const char*>(values) + row * bytes, type,
               staging.get() + thread * rows.staging());
   });
@@ -112,9 +57,9 @@ GgufRows prepare(const GgufLayout& layout, const void* values, FloatType type, i
 
 // Calls f(first, rows) for blocks of the rows of active expert a.
 template <typename F>
-void for_each_row_block(const Groups& groups, int64_t a, const F& f) {
-  for (int64_t row = groups.offsets[a]; row < groups.offsets[a + 1]; row += kGgufRowBlock) {
-    f(row, std::min<int64_t>(kGgufRowBlock, groups.offsets[a + 1] - row));
+void for_each_row_block(const Routing& routing, int64_t a, const F& f) {
+  for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kGgufRowBlock) {
+    f(row, std::min<int64_t>(kGgufRowBlock, routing.offsets[a + 1] - row));
   }
 }
 
@@ -156,27 +101,29 @@ Tensor gguf_moe_linear(const Tensor& x, const Tensor& blocks, int64_t type, cons
   if (tokens * top_k == 0) {
     return out;
   }
-  const Groups groups({tokens, top_k, data<int32_t>(topk_ids)}, stack.experts);
+  const Routing routing(data<int32_t>(topk_ids), tokens, top_k, stack.experts);
   const FloatType float_kind = float_type(x);
   const GgufRows rows = prepare(GgufLayout(int8, *stack.first.traits, in_features), x.const_data_ptr(), float_kind,
                                 x.numel() / in_features, in_features);
-  const int32_t* row_ids = per_slot ? groups.pairs.data() : groups.tokens.data();
-  const int64_t panels = stack.panels(kGgufPanel), tasks = groups.active() * panels;
+  const int32_t* row_ids = per_slot ? routing.pair.data() : routing.token.data();
+  const int64_t panels = stack.panels(kGgufPanel), tasks = routing.num_active() * panels;
   const GgufKernel kernel = gguf_kernel(int8);
   const auto from_float = int4_kernels().from_float;
   char* result = mutable_data<char>(out);
-  for_each_task(tasks, run_of(tasks), groups.active() * stack.bytes(), [&](int64_t, int64_t task) {
-    alignas(64) float panel[kGgufRowBlock * kGgufPanel];
-    const int64_t a = task / panels, first = task % panels * kGgufPanel;
-    const int64_t columns = std::min(kGgufPanel, out_features - first);
-    for_each_row_block(groups, a, [&](int64_t row, int64_t count) {
-      kernel({stack.expert(groups.experts[a]), first, columns, rows.view(), row_ids + row, count, kGgufTile, panel});
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = groups.pairs[row + r] * out_features + first;
-        from_float(panel + r * kGgufPanel, columns, float_kind, result + at * float_bytes(float_kind));
-      }
-    });
-  });
+  for_each_task(tasks, run_of(tasks), routing.num_active() * stack.bytes(), torch::stable::get_num_threads(),
+                [&](int64_t, int64_t task, int64_t) {
+                  alignas(64) float panel[kGgufRowBlock * kGgufPanel];
+                  const int64_t a = task / panels, first = task % panels * kGgufPanel;
+                  const int64_t columns = std::min(kGgufPanel, out_features - first);
+                  for_each_row_block(routing, a, [&](int64_t row, int64_t count) {
+                    kernel({stack.expert(routing.active[a]), first, columns, rows.view(), row_ids + row, count,
+                            kGgufTile, panel});
+                    for (int64_t r = 0; r < count; ++r) {
+                      const int64_t at = routing.pair[row + r] * out_features + first;
+                      from_float(panel + r * kGgufPanel, columns, float_kind, result + at * float_bytes(float_kind));
+                    }
+                  });
+                });
   return out;
 }
 
@@ -192,21 +139,21 @@ struct Block {
 };
 
 // activated[row] = silu(gate) * up. One task is 32 columns of both for all rows of one expert.
-void gate_up(const Block& block, const Groups& groups, const GgufRows& gate_rows, const GgufRows& up_rows,
+void gate_up(const Block& block, const Routing& routing, const GgufRows& gate_rows, const GgufRows& up_rows,
              float* activated) {
   constexpr int64_t kColumns = kGgufPanel / 2;
   const GgufKernel kernel = gguf_kernel(block.int8);
   const Int4Kernels& kernels = int4_kernels();
   const int64_t width = block.width();
-  const int64_t panels = block.gate.panels(kColumns), tasks = groups.active() * panels;
-  const int64_t bytes = groups.active() * (block.gate.bytes() + block.up.bytes());
-  for_each_task(tasks, run_of(tasks), bytes, [&](int64_t, int64_t task) {
+  const int64_t panels = block.gate.panels(kColumns), tasks = routing.num_active() * panels;
+  const int64_t bytes = routing.num_active() * (block.gate.bytes() + block.up.bytes());
+  for_each_task(tasks, run_of(tasks), bytes, torch::stable::get_num_threads(), [&](int64_t, int64_t task, int64_t) {
     alignas(64) float panel[kGgufRowBlock * kGgufPanel];
     const int64_t a = task / panels, first = task % panels * kColumns;
     const int64_t columns = std::min(kColumns, block.gate.first.rows - first);
-    const int64_t expert = groups.experts[a];
-    for_each_row_block(groups, a, [&](int64_t row, int64_t count) {
-      const int32_t* ids = groups.tokens.data() + row;
+    const int64_t expert = routing.active[a];
+    for_each_row_block(routing, a, [&](int64_t row, int64_t count) {
+      const int32_t* ids = routing.token.data() + row;
       kernel({block.gate.expert(expert), first, columns, gate_rows.view(), ids, count, 2 * kGgufTile, panel});
       kernel({block.up.expert(expert), first, columns, up_rows.view(), ids, count, 2 * kGgufTile, panel + kGgufTile});
       for (int64_t r = 0; r < count; ++r) {
@@ -218,15 +165,15 @@ void gate_up(const Block& block, const Groups& groups, const GgufRows& gate_rows
 }
 
 // out[t] over the columns of a panel, from the down product's rows.
-void combine_panel(const Block& block, const Tokens& t, const float* weights, const Groups& groups,
+void combine_panel(const Block& block, const Tokens& t, const float* weights, const Routing& routing,
                    const float* products, int64_t first, char* out) {
   const Int4Kernels& kernels = int4_kernels();
   const int64_t columns = std::min(kGgufPanel, block.hidden_size - first);
   for (int64_t token = 0; token < t.tokens; ++token) {
     alignas(64) float sum[kGgufPanel] = {};
     for (int64_t pair = token * t.top_k; pair < (token + 1) * t.top_k; ++pair) {
-      if (groups.row_of[pair] >= 0) {
-        kernels.add_scaled(products + groups.row_of[pair] * kGgufPanel, weights[pair], columns, sum);
+      if (routing.row_of[pair] >= 0) {
+        kernels.add_scaled(products + routing.row_of[pair] * kGgufPanel, weights[pair], columns, sum);
       }
     }
     kernels.from_float(sum, columns, block.type, out + (token * block.hidden_size + first) * float_bytes(block.type));
@@ -235,56 +182,55 @@ void combine_panel(const Block& block, const Tokens& t, const float* weights, co
 
 // The down product and the weighted sum over the slots. One task is a panel for all experts: its products never leave
 // the core's cache, and no thread waits for another before the sum.
-void down_and_combine(const Block& block, const Tokens& t, const float* weights, const Groups& groups,
+void down_and_combine(const Block& block, const Tokens& t, const float* weights, const Routing& routing,
                       const GgufRows& rows, char* out) {
   const GgufKernel kernel = gguf_kernel(block.int8);
   const int64_t panels = block.down.panels(kGgufPanel);
-  std::vector<int32_t> identity(groups.rows());
-  for (size_t i = 0; i < identity.size(); ++i) {
-    identity[i] = static_cast<int32_t>(i);
-  }
   // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, groups.rows()));
+  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
   const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
-  const int64_t panel_floats = groups.rows() * kGgufPanel;
+  const int64_t panel_floats = routing.rows() * kGgufPanel;
   const Scratch<float> products(threads * run * panel_floats);
-  for_each_task((panels + run - 1) / run, 1, groups.active() * block.down.bytes(), [&](int64_t thread, int64_t task) {
-    float* mine = products.get() + thread * run * panel_floats;
-    const int64_t begin = task * run, end = std::min(begin + run, panels);
-    for (int64_t a = 0; a < groups.active(); ++a) {
-      const GgufWeights expert = block.down.expert(groups.experts[a]);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t columns = std::min(kGgufPanel, expert.rows - panel * kGgufPanel);
-        for_each_row_block(groups, a, [&](int64_t row, int64_t count) {
-          float* to = mine + (panel - begin) * panel_floats + row * kGgufPanel;
-          kernel({expert, panel * kGgufPanel, columns, rows.view(), identity.data() + row, count, kGgufTile, to});
-        });
-      }
-    }
-    for (int64_t panel = begin; panel < end; ++panel) {
-      combine_panel(block, t, weights, groups, mine + (panel - begin) * panel_floats, panel * kGgufPanel, out);
-    }
-  });
+  for_each_task((panels + run - 1) / run, 1, routing.num_active() * block.down.bytes(), threads,
+                [&](int64_t thread, int64_t task, int64_t) {
+                  float* mine = products.get() + thread * run * panel_floats;
+                  const int64_t begin = task * run, end = std::min(begin + run, panels);
+                  for (int64_t a = 0; a < routing.num_active(); ++a) {
+                    const GgufWeights expert = block.down.expert(routing.active[a]);
+                    for (int64_t panel = begin; panel < end; ++panel) {
+                      const int64_t columns = std::min(kGgufPanel, expert.rows - panel * kGgufPanel);
+                      for_each_row_block(routing, a, [&](int64_t row, int64_t count) {
+                        float* to = mine + (panel - begin) * panel_floats + row * kGgufPanel;
+                        kernel({expert, panel * kGgufPanel, columns, rows.view(), routing.identity.data() + row, count,
+                                kGgufTile, to});
+                      });
+                    }
+                  }
+                  for (int64_t panel = begin; panel < end; ++panel) {
+                    combine_panel(block, t, weights, routing, mine + (panel - begin) * panel_floats, panel * kGgufPanel,
+                                  out);
+                  }
+                });
 }
 
 void run_block(const Block& block, const Tokens& t, const char* hidden, const float* weights, char* out) {
-  const Groups groups(t, block.gate.experts);
+  const Routing routing(t.ids, t.tokens, t.top_k, block.gate.experts);
   const int64_t width = block.width();
-  const Scratch<float> activated(groups.rows() * width);
+  const Scratch<float> activated(routing.rows() * width);
   {
     const GgufLayout gate(block.int8, *block.gate.first.traits, block.hidden_size);
     const GgufLayout up(block.int8, *block.up.first.traits, block.hidden_size);
     const GgufRows gate_rows = prepare(gate, hidden, block.type, t.tokens, block.hidden_size);
     if (gate.same_as(up)) {
-      gate_up(block, groups, gate_rows, gate_rows, activated.get());
+      gate_up(block, routing, gate_rows, gate_rows, activated.get());
     } else {
-      gate_up(block, groups, gate_rows, prepare(up, hidden, block.type, t.tokens, block.hidden_size), activated.get());
+      gate_up(block, routing, gate_rows, prepare(up, hidden, block.type, t.tokens, block.hidden_size), activated.get());
     }
   }
   const GgufLayout down(block.int8, *block.down.first.traits, block.down.first.in_features);
-  const GgufRows rows = prepare(down, activated.get(), FloatType::f32, groups.rows(), width);
-  down_and_combine(block, t, weights, groups, rows, out);
+  const GgufRows rows = prepare(down, activated.get(), FloatType::f32, routing.rows(), width);
+  down_and_combine(block, t, weights, routing, rows, out);
 }
 
 Tensor moe_experts_gguf(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate,

@@ -6,72 +6,10 @@
 #include <atomic>
 #include <vector>
 
+#include "cpu/moe_rows.h"
+
 namespace ferrum::cpu {
 namespace {
-
-// (token, slot) pairs sorted by expert, in the order of the tokens inside one expert. Skipped pairs have no row.
-struct Routing {
-  std::vector<int32_t> active;    // experts that have rows, ascending
-  std::vector<int32_t> offsets;   // rows of active[a]: [offsets[a], offsets[a + 1])
-  std::vector<int32_t> token;     // of each row
-  std::vector<int32_t> expert;    // of each row
-  std::vector<int32_t> identity;  // 0, 1, 2, ...: the row ids of buffers that are in this order themselves
-  std::vector<int32_t> row_of;    // of each pair, -1 for a skipped one
-
-  int64_t rows() const { return static_cast<int64_t>(token.size()); }
-
-  Routing(const TokenChunk& chunk, int64_t experts, int64_t top_k) : row_of(chunk.tokens * top_k, -1) {
-    std::vector<int32_t> next(experts + 1, 0);
-    const int64_t pairs = chunk.tokens * top_k;
-    for (int64_t p = 0; p < pairs; ++p) {
-      if (chunk.ids[p] >= 0 && chunk.ids[p] < experts) {
-        ++next[chunk.ids[p] + 1];
-      }
-    }
-    offsets.push_back(0);
-    for (int64_t e = 0; e < experts; ++e) {
-      if (next[e + 1] > 0) {
-        active.push_back(static_cast<int32_t>(e));
-        offsets.push_back(offsets.back() + next[e + 1]);
-      }
-      next[e + 1] += next[e];
-    }
-    token.resize(next[experts]);
-    expert.resize(next[experts]);
-    identity.resize(next[experts]);
-    for (int64_t p = 0; p < pairs; ++p) {
-      const int32_t e = chunk.ids[p];
-      if (e >= 0 && e < experts) {
-        const int32_t row = next[e]++;
-        token[row] = static_cast<int32_t>(p / top_k);
-        expert[row] = e;
-        identity[row] = row;
-        row_of[p] = row;
-      }
-    }
-  }
-};
-
-// Runs f(thread, task, next) for every task, `next` being the task this thread will run then, or `tasks` after its
-// last. Threads take runs of consecutive tasks as they become free, so that neither a busy core nor an expert with many
-// rows is waited for. `bytes` is the memory the phase reads: little work stays on one thread.
-template <typename F>
-void for_each_task(int64_t tasks, int64_t run, int64_t bytes, int64_t threads, const F& f) {
-  constexpr int64_t kBytesPerThread = 64 * 1024;
-  const int64_t wanted = std::min({threads, int4::ceil_div(tasks, run), std::max<int64_t>(1, bytes / kBytesPerThread)});
-  std::atomic<int64_t> unclaimed{0};
-  const auto claim = [&] { return std::min(unclaimed.fetch_add(run), tasks); };
-  torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
-    for (int64_t task = claim(); task < tasks;) {
-      const int64_t last = std::min(task + run, tasks) - 1;
-      for (; task < last; ++task) {
-        f(begin, task, task + 1);
-      }
-      task = claim();
-      f(begin, last, task);
-    }
-  });
-}
 
 // The prepared inputs of the gate/up product: by token when all experts share the channel order, else by row, once per
 // part of the permutation.
@@ -119,7 +57,7 @@ void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInput
   const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t width = w13.tiles / 2 * int4::kTileColumns;
   const int64_t panels = int4::ceil_div(w13.tiles, kPanelTiles);
-  const int64_t tasks = static_cast<int64_t>(routing.active.size()) * panels;
+  const int64_t tasks = routing.num_active() * panels;
   const int64_t bytes = tasks * kPanelTiles * w13.first.lines * int4::kLineBytes;
   const int64_t run = std::max<int64_t>(1, tasks / (threads * 16));
   const ActivationRows parts[2] = {inputs.parts[0].view(), inputs.parts[w13.perm_parts - 1].view()};
@@ -192,7 +130,7 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
   const ExpertMatrices& w2 = block.w2;
   const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t panels = int4::ceil_div(w2.tiles, kPanelTiles);
-  const int64_t active = static_cast<int64_t>(routing.active.size());
+  const int64_t active = routing.num_active();
   // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
   const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
   const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
@@ -232,7 +170,7 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
 
 PermStatus run_expert_block(const ExpertBlock& block, const TokenChunk& chunk) {
   const int64_t threads = torch::stable::get_num_threads();
-  const Routing routing(chunk, block.experts, block.top_k);
+  const Routing routing(chunk.ids, chunk.tokens, block.top_k, block.experts);
   const GateUpInputs hidden = prepare_hidden(block, chunk, routing, threads);
   if (!hidden.valid) {
     return PermStatus::bad_w13;

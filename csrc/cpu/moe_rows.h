@@ -1,0 +1,82 @@
+// Rows of a routed expert block sorted by expert, and how its tasks are shared out among threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace ferrum::cpu {
+
+// (token, slot) pairs sorted by expert, in the order of the tokens inside one expert. Skipped pairs have no row.
+struct Routing {
+  std::vector<int32_t> active;    // experts that have rows, ascending
+  std::vector<int32_t> offsets;   // rows of active[a]: [offsets[a], offsets[a + 1])
+  std::vector<int32_t> pair;      // of each row
+  std::vector<int32_t> token;     // of each row
+  std::vector<int32_t> expert;    // of each row
+  std::vector<int32_t> identity;  // 0, 1, 2, ...: the row ids of buffers that are in this order themselves
+  std::vector<int32_t> row_of;    // of each pair, -1 for a skipped one
+
+  int64_t num_active() const { return static_cast<int64_t>(active.size()); }
+  int64_t rows() const { return static_cast<int64_t>(token.size()); }
+
+  // ids: int32 [tokens, top_k]; those outside [0, experts) are skipped.
+  Routing(const int32_t* ids, int64_t tokens, int64_t top_k, int64_t experts) : row_of(tokens * top_k, -1) {
+    std::vector<int32_t> next(experts + 1, 0);
+    const int64_t pairs = tokens * top_k;
+    for (int64_t p = 0; p < pairs; ++p) {
+      if (ids[p] >= 0 && ids[p] < experts) {
+        ++next[ids[p] + 1];
+      }
+    }
+    offsets.push_back(0);
+    for (int64_t e = 0; e < experts; ++e) {
+      if (next[e + 1] > 0) {
+        active.push_back(static_cast<int32_t>(e));
+        offsets.push_back(offsets.back() + next[e + 1]);
+      }
+      next[e + 1] += next[e];
+    }
+    pair.resize(next[experts]);
+    token.resize(next[experts]);
+    expert.resize(next[experts]);
+    identity.resize(next[experts]);
+    for (int64_t p = 0; p < pairs; ++p) {
+      const int32_t e = ids[p];
+      if (e >= 0 && e < experts) {
+        const int32_t row = next[e]++;
+        pair[row] = static_cast<int32_t>(p);
+        token[row] = static_cast<int32_t>(p / top_k);
+        expert[row] = e;
+        identity[row] = row;
+        row_of[p] = row;
+      }
+    }
+  }
+};
+
+// Runs f(thread, task, next) for every task, `next` being the task this thread will run then, or `tasks` after its
+// last. Threads take runs of consecutive tasks as they become free, so that neither a busy core nor an expert with many
+// rows is waited for. `bytes` is the memory the phase reads: little work stays on one thread.
+template <typename F>
+inline void for_each_task(int64_t tasks, int64_t run, int64_t bytes, int64_t threads, const F& f) {
+  constexpr int64_t kBytesPerThread = 64 * 1024;
+  const int64_t wanted = std::min({threads, (tasks + run - 1) / run, std::max<int64_t>(1, bytes / kBytesPerThread)});
+  std::atomic<int64_t> unclaimed{0};
+  const auto claim = [&] { return std::min(unclaimed.fetch_add(run), tasks); };
+  torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
+    for (int64_t task = claim(); task < tasks;) {
+      const int64_t last = std::min(task + run, tasks) - 1;
+      for (; task < last; ++task) {
+        f(begin, task, task + 1);
+      }
+      task = claim();
+      f(begin, last, task);
+    }
+  });
+}
+
+}  // namespace ferrum::cpu
