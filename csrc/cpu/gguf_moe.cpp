@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/gguf_activations.h"
-#include "cpu/moe_rows.h"
+#include "cpu/moe_gemm_rows.h"
 
 namespace ferrum::cpu {
 namespace {

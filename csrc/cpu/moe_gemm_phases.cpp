@@ -6,7 +6,7 @@
 #include <atomic>
 #include <vector>
 
-#include "cpu/moe_rows.h"
+#include "cpu/moe_gemm_rows.h"
 
 namespace ferrum::cpu {
 namespace {
