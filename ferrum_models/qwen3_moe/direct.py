@@ -51,7 +51,7 @@ def applies(
         or arguments.get("return_dict") is False
     ):
         return False
-    device = model.model.embed_tokens.weight.device  # model.device searches the module tree each time it is asked
+    device = model.model.norm.weight.device  # model.device searches the module tree; a packed embedding has no weight
     if device.type not in KERNEL_DEVICES or input_ids.device != device or is_spread(model) or is_hooked(model):
         return False
     if cache is not None and (type(cache) is not DynamicCache or cache.offloading):

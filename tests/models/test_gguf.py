@@ -222,6 +222,19 @@ def test_generate_is_transformers(q4_k_m):
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
 
 
+def test_generate_dequantises_no_table(q4_k_m, monkeypatch):
+    """The dense table of a packed embedding or head, asked for once a token, costs more than the token."""
+    model = load(q4_k_m[1])
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
+
+    def refuse(module):
+        raise AssertionError(f"{type(module).__name__} was dequantised")
+
+    for module_type in (GgufEmbedding, GgufLinear):
+        monkeypatch.setattr(module_type, "weight", property(refuse))
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiles_in_one_graph(q4_k_m, implementation):
     _, path = q4_k_m
