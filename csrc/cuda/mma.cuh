@@ -23,7 +23,7 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  emulation::mma<emulation::HalfPair>("mma.m16n8k16.f16", d, a, b);
+  emulation::mma<__half>("mma.m16n8k16.f16", d, a, b);
 #endif
 }
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  emulation::mma<emulation::BfloatPair>("mma.m16n8k16.bf16", d, a, b);
+  emulation::mma<__nv_bfloat16>("mma.m16n8k16.bf16", d, a, b);
 #endif
 }
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  emulation::mma<emulation::Int8Quad>("mma.m16n8k32.s8", d, a, b);
+  emulation::mma<int8_t>("mma.m16n8k32.s8", d, a, b);
 #endif
 }
 

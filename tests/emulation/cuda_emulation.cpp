@@ -32,9 +32,23 @@ int find_tls_block(dl_phdr_info* info, size_t, void* result) {
   return 0;
 }
 
+void check_limits(const char* name, dim3 grid, size_t shared_bytes) {
+  const auto expect = [&](bool condition, const std::string& expected, const std::string& got) {
+    if (!condition) {
+      throw std::runtime_error(std::string("[") + name + "] launch: expected " + expected + ", got " + got);
+    }
+  };
+  expect(grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 0xffff && grid.z >= 1 && grid.z <= 0xffff,
+         "a grid of 1 to (2^31 - 1, 65535, 65535) blocks",
+         "(" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ")");
+  expect(shared_bytes <= kSharedLimit, "at most " + std::to_string(kSharedLimit) + " bytes of shared memory",
+         std::to_string(shared_bytes));
+}
+
 }  // namespace
 
 void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
+  check_limits(name, grid, shared_bytes);
   anchor = 0;
   Region region;
   dl_iterate_phdr(find_tls_block, &region);
@@ -45,7 +59,6 @@ void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std:
        {grid.x, grid.y, grid.z},
        {block.x, block.y, block.z},
        shared_bytes,
-       kSharedLimit,
        32,
        region.begin,
        region.bytes,

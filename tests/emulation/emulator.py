@@ -34,14 +34,14 @@ RUNTIME = sorted(HERE.glob("*.cpp"))
 #: thread-local variables apart. The sanitizer's findings are reported by sanitizer.cpp.
 FLAGS = [
     *("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w"),
-    *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique"),
+    *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"),
     "-fstack-clash-protection",  # large locals, too, meet the guard page of a stack
     *(
         "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero,float-cast-overflow",
         "-fno-sanitize-recover=all",
     ),
 ]
-#: Of kernels; guard.cpp uses what lies beyond the stable ABI.
+#: Of kernels; memory.cpp uses what lies beyond the stable ABI.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
@@ -140,18 +140,11 @@ class Emulated:
         sources: `.cu` files.
         namespace: of `torch.ops`, where the ops they register appear.
         replace: text of a source instead of the file's own.
-        flags: for the compiler, beside the usual ones.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Path],
-        namespace: str,
-        replace: dict[Path, str] | None = None,
-        flags: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, sources: Sequence[Path], namespace: str, replace: dict[Path, str] | None = None) -> None:
         texts = {path: path.read_text() for path in (*RUNTIME, *sources)} | (replace or {})
-        defines = [*flags, STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
+        defines = [STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
 
         def compile_all(paths: Sequence[Path], defines: Sequence[str]) -> list[Path]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -159,7 +152,7 @@ class Emulated:
 
         with _build_lock("runtime"):
             _remove_unused()
-            objects = compile_all(RUNTIME, flags)
+            objects = compile_all(RUNTIME, [])
         with _build_lock(namespace):
             library = _link([*objects, *compile_all(sources, defines)], namespace)
         self.namespace = namespace

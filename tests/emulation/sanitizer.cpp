@@ -1,7 +1,5 @@
 // The compiler's checks of a kernel (-fsanitize=... in emulator.py), reported without the sanitizer's runtime library.
 // What the compiler passes is fixed: compiler-rt/lib/ubsan/ubsan_handlers.h.
-#include <cstring>
-
 #include "simt.h"
 
 namespace {
@@ -23,9 +21,8 @@ struct Mismatch {
 };
 
 [[noreturn]] void report(const Place& place, const std::string& message) {
-  const char* slash = std::strrchr(place.file, '/');
-  const std::string file = slash != nullptr ? slash + 1 : place.file;
-  ferrum::emulation::fail(message + " (" + file + ":" + std::to_string(place.line) + ")");
+  using namespace ferrum::emulation;
+  fail(message + " " + to_string(Site{place.file, static_cast<int>(place.line)}));
 }
 
 }  // namespace

@@ -2,91 +2,65 @@
 #include "simt.h"
 
 #include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
+#include <deque>
+#include <list>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
 #include "fiber.h"
+#include "memory.h"
 
 namespace ferrum::emulation {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;  // of a fiber, its guard page included
+constexpr size_t kStackBytes = 60 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr uint64_t kMaxIdleYields = 1 << 20;
-constexpr int kPoison = 0xff;  // a NaN in every floating type
 
-constexpr size_t kGuardBytes = 1 << 20;
-const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+using Mask = std::bitset<kMaxThreads>;  // of threads of a group
 
-// A barrier or a warp instruction that `arrived` threads wait in; nobody where it is 0.
+// A barrier or a warp instruction that threads wait in.
 struct Collective {
   Meeting first;  // as the first to arrive has it
-  uint64_t mask = 0;
+  Mask mask;
   unsigned arrived = 0;
 };
 
+// Threads that can meet: the block, or a warp of it.
+struct Group {
+  unsigned first, count;       // of the threads
+  Mask live;                   // which have not exited
+  std::list<Collective> open;  // those of disjoint masks meet apart
+};
+
 struct Thread {
-  Context context;
+  Fiber fiber;
+  Guarded stack{"a stack", kStackBytes};
   Index index;
-  unsigned number = 0;  // the index, linear
-  bool exited = false;
-  const Collective* waits_in = nullptr;
-  void* operand = nullptr;
-  std::vector<AsyncCopy> open_copies;
-  std::vector<std::vector<AsyncCopy>> committed_copies;
-};
-
-struct Warp {
-  Thread* lanes;
-  unsigned count;
-  uint64_t live;                     // lanes that have not exited
-  std::vector<Collective> meetings;  // lanes of disjoint masks meet apart
-};
-
-// Memory between stretches that may not be accessed.
-struct GuardedPages {
-  unsigned char* begin = nullptr;
-  size_t bytes = 0;
-
-  void reserve(size_t size) {
-    if (begin != nullptr) {
-      munmap(begin - kGuardBytes, bytes + 2 * kGuardBytes);
-    }
-    bytes = (size + kPage - 1) / kPage * kPage;
-    void* mapped =
-        mmap(nullptr, bytes + 2 * kGuardBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) {
-      throw std::runtime_error("emulation: out of memory");
-    }
-    begin = static_cast<unsigned char*>(mapped) + kGuardBytes;
-    mprotect(begin, bytes, PROT_READ | PROT_WRITE);
-  }
-  bool holds(const void* address) const { return address >= begin && address < begin + bytes; }
-  bool is_near(const void* address) const {
-    return address >= begin - kGuardBytes && address < begin + bytes + kGuardBytes;
-  }
+  unsigned number;  // the index, linear
+  const Collective* waits_in;
+  void* operand;
+  std::deque<std::vector<AsyncCopy>> copies;  // in groups, the last of which is not committed yet
 };
 
 struct Machine {
   const Launch* launch = nullptr;
-  Index block;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  Collective barrier;
-  unsigned live = 0;
+  Index index;                 // of the block
+  std::deque<Thread> threads;  // of the largest block so far
+  Group block;
+  std::vector<Group> warps;
   Thread* current = nullptr;  // null while the scheduler runs
-  Context scheduler;
-  GuardedPages stacks, shared;
-  bool failed = false;
-  std::string message;
+  Fiber scheduler;
+  std::optional<Guarded> shared;
+  std::optional<std::string> failure;
   uint64_t idle_yields = 0;
   Schedule schedule = Schedule::forward;
   unsigned seed = 0;
@@ -96,11 +70,11 @@ struct Machine {
 
 std::mutex one_launch_at_a_time;
 
-uint64_t all_lanes(unsigned count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
-unsigned count_lanes(uint64_t mask) { return static_cast<unsigned>(__builtin_popcountll(mask)); }
-Warp& warp_of(const Thread& thread) { return machine.warps[thread.number / machine.launch->warp_size]; }
+Group& warp_of(const Thread& thread) { return machine.warps[thread.number / machine.launch->warp_size]; }
+bool is_live(const Thread& thread) { return machine.block.live[thread.number]; }
+bool coin() { return (machine.random() & 1) != 0; }
 
-void to_scheduler() { switch_context(machine.current->context, machine.scheduler); }
+void to_scheduler() { switch_fibers(machine.current->fiber, machine.scheduler); }
 
 // ---- reports
 
@@ -108,11 +82,7 @@ std::string to_string(Index i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
-std::string to_string(const Meeting& meeting) {
-  const char* slash = std::strrchr(meeting.site.file, '/');
-  const std::string file = slash != nullptr ? slash + 1 : meeting.site.file;
-  return std::string(meeting.name) + " (" + file + ":" + std::to_string(meeting.site.line) + ")";
-}
+std::string to_string(const Meeting& meeting) { return std::string(meeting.name) + " " + to_string(meeting.site); }
 
 // {0, 1, 2, 7} as "0-2, 7"
 std::string to_string(const std::vector<unsigned>& numbers) {
@@ -129,7 +99,7 @@ std::string to_string(const std::vector<unsigned>& numbers) {
 std::string deadlock_report() {
   std::map<std::string, std::vector<unsigned>> waiting;
   for (const Thread& thread : machine.threads) {
-    if (!thread.exited) {
+    if (is_live(thread)) {
       waiting[to_string(thread.waits_in->first)].push_back(thread.number);
     }
   }
@@ -137,30 +107,13 @@ std::string deadlock_report() {
   for (const auto& [place, numbers] : waiting) {
     text += "threads " + to_string(numbers) + " wait in " + place + "; ";
   }
-  const size_t exited = machine.threads.size() - machine.live;
-  return text + std::to_string(exited) + " of " + std::to_string(machine.threads.size()) + " exited";
-}
-
-std::string describe_address(const void* address) {
-  if (machine.stacks.is_near(address)) {
-    return "stack overflow: the locals of a thread need more than " + std::to_string(kStackBytes - kPage) + " bytes";
-  }
-  std::string place;
-  if (machine.shared.is_near(address)) {
-    const auto offset = static_cast<const char*>(address) - static_cast<const char*>(dynamic_shared());
-    place = "byte " + std::to_string(offset) + " of " + std::to_string(machine.launch->shared_bytes) +
-            " bytes of dynamic shared memory";
-  } else {
-    place = describe_tensor_at(address);
-  }
-  char text[32];
-  snprintf(text, sizeof(text), "%p, in no tensor", address);
-  return "access out of bounds: " + (place.empty() ? text : place);
+  const Group& block = machine.block;
+  return text + std::to_string(block.count - block.live.count()) + " of " + std::to_string(block.count) + " exited";
 }
 
 [[noreturn]] void raise(const std::string& message, const Thread* thread) {
   throw std::runtime_error(std::string("[") + machine.launch->name + "] emulated kernel, block " +
-                           to_string(machine.block) +
+                           to_string(machine.index) +
                            (thread != nullptr ? ", thread " + to_string(thread->index) : "") + ": " + message);
 }
 
@@ -186,14 +139,15 @@ class FaultTrap {
   }
 
  private:
-  static void on_fault(int signal, siginfo_t* info, void*) {
+  static void on_fault(int signal_number, siginfo_t* info, void*) {
     if (machine.current == nullptr) {  // not the kernel's: happens again, and ends the process
-      struct sigaction standard{};
-      standard.sa_handler = SIG_DFL;
-      sigaction(signal, &standard, nullptr);
+      signal(signal_number, SIG_DFL);
       return;
     }
-    fail(describe_address(info->si_addr));
+    if (machine.current->stack.is_near(info->si_addr)) {
+      fail("stack overflow: the locals of a thread need more than " + std::to_string(kStackBytes) + " bytes");
+    }
+    fail("access out of bounds: " + describe_address(info->si_addr));
   }
 
   std::vector<char> stack_;
@@ -203,101 +157,105 @@ class FaultTrap {
 
 // ---- meetings
 
-void complete(Collective& collective, Thread* members, unsigned count) {
-  void* operands[kMaxThreads];
-  for (unsigned i = 0; i < std::max(count, machine.launch->warp_size); ++i) {
-    operands[i] = i < count && members[i].waits_in == &collective ? members[i].operand : nullptr;
-  }
-  collective.first.combine(collective.first.function, operands);
-  for (unsigned i = 0; i < count; ++i) {
-    if (members[i].waits_in == &collective) {
-      members[i].waits_in = nullptr;
-    }
-  }
-  collective.arrived = 0;
-  machine.collectives++;
-  machine.idle_yields = 0;
-}
-
-void arrive(Collective& collective, const Meeting& meeting) {
-  const Meeting& first = collective.first;
-  if (collective.arrived == 0) {
-    collective.first = meeting;
-  } else if (std::strcmp(first.name, meeting.name) != 0 || first.site.line != meeting.site.line ||
-             std::strcmp(first.site.file, meeting.site.file) != 0) {
-    fail("diverged: reached " + to_string(meeting) + " while others wait in " + to_string(first));
-  }
-  collective.arrived++;
-  machine.current->waits_in = &collective;
-  machine.current->operand = meeting.operand;
-}
+using Place = std::list<Collective>::iterator;
 
 // The barrier waits for no thread that has exited, but it is one instruction of a whole warp (PTX: `bar.sync` is
 // `.aligned`).
-bool complete_barrier() {
-  if (machine.barrier.arrived == 0 || machine.barrier.arrived < machine.live) {
-    return false;
-  }
-  for (const Warp& warp : machine.warps) {
-    if (warp.live != 0 && warp.live != all_lanes(warp.count)) {
-      fail("diverged: " + std::to_string(warp.count - count_lanes(warp.live)) +
-           " lanes of a warp exited while others wait in " + to_string(machine.barrier.first));
+void check_barrier(const Collective& barrier) {
+  for (const Group& warp : machine.warps) {
+    if (warp.live.any() && warp.live.count() < warp.count) {
+      fail("diverged: " + std::to_string(warp.count - warp.live.count()) +
+           " lanes of a warp exited while others wait in " + to_string(barrier.first));
     }
   }
-  complete(machine.barrier, machine.threads.data(), threads_in_block());
+}
+
+// Ends the wait in `place` once all that it waits for have arrived; false while some have not.
+bool complete(Group& group, Place place) {
+  if (place->arrived < (place->mask & group.live).count()) {
+    return false;
+  }
+  if (&group == &machine.block) {
+    check_barrier(*place);
+  }
+  void* operands[kMaxThreads] = {};
+  std::vector<Thread*> members;
+  for (unsigned i = 0; i < group.count; ++i) {
+    if (Thread& thread = machine.threads[group.first + i]; thread.waits_in == &*place) {
+      operands[i] = thread.operand;
+      members.push_back(&thread);
+    }
+  }
+  place->first.combine(operands);
+  for (Thread* thread : members) {
+    thread->waits_in = nullptr;
+  }
+  group.open.erase(place);
+  machine.collectives++;
+  machine.idle_yields = 0;
   return true;
 }
 
-bool complete_lanes(Warp& warp, Collective& collective) {
-  if (collective.arrived == 0 || collective.arrived < count_lanes(collective.mask & warp.live)) {
-    return false;
+bool same(const Meeting& a, const Meeting& b) {
+  return std::strcmp(a.name, b.name) == 0 && a.site.line == b.site.line && std::strcmp(a.site.file, b.site.file) == 0;
+}
+
+void meet(Group& group, const Mask& mask, const Meeting& meeting) {
+  Place place = std::find_if(group.open.begin(), group.open.end(), [&](auto& other) { return other.mask == mask; });
+  if (place == group.open.end()) {
+    place = group.open.insert(place, {meeting, mask});
+  } else if (!same(place->first, meeting)) {
+    fail("diverged: reached " + to_string(meeting) + " while others wait in " + to_string(place->first));
   }
-  complete(collective, warp.lanes, warp.count);
-  return true;
+  place->arrived++;
+  machine.current->waits_in = &*place;
+  machine.current->operand = meeting.operand;
+  if (!complete(group, place)) {
+    to_scheduler();
+  }
 }
 
 void exit_thread() {
-  Thread& thread = *machine.current;
-  Warp& warp = warp_of(thread);
-  thread.exited = true;
-  machine.live--;
   machine.idle_yields = 0;
-  warp.live &= ~(uint64_t{1} << this_lane());
-  complete_barrier();
-  for (Collective& collective : warp.meetings) {
-    complete_lanes(warp, collective);
+  for (Group* group : {&machine.block, &warp_of(*machine.current)}) {
+    group->live.reset(machine.current->number - group->first);
+  }
+  for (Group* group : {&machine.block, &warp_of(*machine.current)}) {
+    for (Place place = group->open.begin(), next; place != group->open.end(); place = next) {
+      next = std::next(place);
+      complete(*group, place);
+    }
   }
 }
 
+// What a fiber runs: its thread of block after block.
 void fiber_main() {
-  try {
-    machine.launch->kernel();
-  } catch (const std::exception& error) {
-    fail(error.what());
+  for (;;) {
+    try {
+      machine.launch->kernel();
+    } catch (const std::exception& error) {
+      fail(error.what());
+    }
+    exit_thread();
+    to_scheduler();
   }
-  exit_thread();
-  to_scheduler();
 }
 
 // ---- blocks and launches
 
 void start_block() {
-  machine.live = machine.threads.size();
-  machine.barrier = {};
   machine.idle_yields = 0;
+  const auto start = [](Group& group) {
+    group.live = ~Mask() >> (kMaxThreads - group.count);
+    group.open.clear();
+  };
+  start(machine.block);
+  std::for_each(machine.warps.begin(), machine.warps.end(), start);
   for (Thread& thread : machine.threads) {
-    thread.exited = false;
     thread.waits_in = nullptr;
-    thread.open_copies.clear();
-    thread.committed_copies.clear();
-    char* const stack = reinterpret_cast<char*>(machine.stacks.begin) + thread.number * kStackBytes;
-    make_context(thread.context, stack + kPage, kStackBytes - kPage, fiber_main);
+    thread.copies.assign(1, {});
   }
-  for (Warp& warp : machine.warps) {
-    warp.live = all_lanes(warp.count);
-    warp.meetings.assign(warp.count, {});
-  }
-  std::memset(machine.shared.begin, kPoison, machine.shared.bytes);
+  std::memset(machine.shared->begin, kPoison, machine.shared->end - machine.shared->begin);
   if (machine.launch->static_shared_bytes > 0) {
     std::memset(machine.launch->static_shared, kPoison, machine.launch->static_shared_bytes);
   }
@@ -305,19 +263,19 @@ void start_block() {
 
 void resume(Thread& thread) {
   machine.current = &thread;
-  switch_context(machine.scheduler, thread.context);
+  switch_fibers(machine.scheduler, thread.fiber);
   machine.current = nullptr;
-  if (machine.failed) {
-    raise(machine.message, &thread);
+  if (machine.failure.has_value()) {
+    raise(*machine.failure, &thread);
   }
 }
 
 // One turn of every lane that can run; false where none could.
-bool run_lanes(Warp& warp, const std::vector<size_t>& order) {
+bool run_lanes(const Group& warp, const std::vector<size_t>& order) {
   bool progress = false;
   for (size_t lane : order) {
-    if (lane < warp.count && !warp.lanes[lane].exited && warp.lanes[lane].waits_in == nullptr) {
-      resume(warp.lanes[lane]);
+    if (warp.live[lane] && machine.threads[warp.first + lane].waits_in == nullptr) {
+      resume(machine.threads[warp.first + lane]);
       progress = true;
     }
   }
@@ -339,7 +297,7 @@ void run_block() {
   start_block();
   const bool random = machine.schedule == Schedule::random;
   std::vector<size_t> warps = order_of(machine.warps.size()), lanes = order_of(machine.launch->warp_size);
-  while (machine.live > 0) {
+  while (machine.block.live.any()) {
     bool progress = false;
     for (size_t warp : warps) {  // each as far as it gets alone; in random order, perhaps less
       while (run_lanes(machine.warps[warp], lanes)) {
@@ -361,49 +319,34 @@ void run_block() {
   }
 }
 
-void check_limits(const Launch& launch) {
-  const auto expect = [&](bool condition, const std::string& expected, const std::string& got) {
-    if (!condition) {
-      throw std::runtime_error(std::string("[") + launch.name + "] launch: expected " + expected + ", got " + got);
-    }
-  };
-  const uint64_t threads = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
-  expect(threads >= 1 && threads <= kMaxThreads, "1 to 1024 threads", "a block of " + to_string(launch.block));
-  const Index& grid = launch.grid;
-  expect(grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 0xffff && grid.z >= 1 && grid.z <= 0xffff,
-         "a grid of 1 to (2^31 - 1, 65535, 65535) blocks", to_string(grid));
-  expect(launch.shared_bytes <= launch.shared_limit,
-         "at most " + std::to_string(launch.shared_limit) + " bytes of shared memory",
-         std::to_string(launch.shared_bytes));
-}
-
-void reserve_stacks(unsigned count) {
-  if (machine.stacks.bytes < count * kStackBytes) {
-    machine.stacks.reserve(count * kStackBytes);
-    for (unsigned i = 0; i < count; ++i) {
-      mprotect(machine.stacks.begin + i * kStackBytes, kPage, PROT_NONE);
-    }
-  }
-}
-
 void prepare(const Launch& launch) {
-  check_limits(launch);
   const Index& block = launch.block;
-  const unsigned count = block.x * block.y * block.z;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads < 1 || threads > kMaxThreads) {
+    throw std::runtime_error(std::string("[") + launch.name + "] launch: expected 1 to 1024 threads, got a block of " +
+                             to_string(block));
+  }
+  const unsigned count = threads;
+  if (machine.block.live.any()) {  // after a failure: these stopped within the kernel
+    machine.threads.clear();
+  }
+  machine.failure.reset();
   machine.launch = &launch;
-  machine.failed = false;
   machine.random.seed(machine.seed);
   machine.launches++;
-  reserve_stacks(count);
-  machine.shared.reserve(launch.shared_bytes);
-  machine.threads.resize(count);
+  machine.shared.emplace("dynamic shared memory", launch.shared_bytes);
+  while (machine.threads.size() < count) {
+    Thread& thread = machine.threads.emplace_back();
+    thread.fiber.start_on(thread.stack.begin, kStackBytes, fiber_main);
+  }
   for (unsigned i = 0; i < count; ++i) {
     machine.threads[i].number = i;
     machine.threads[i].index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
   }
+  machine.block = {0, count, {}, {}};
   machine.warps.clear();
   for (unsigned first = 0; first < count; first += launch.warp_size) {
-    machine.warps.push_back({&machine.threads[first], std::min(launch.warp_size, count - first), 0, {}});
+    machine.warps.push_back({first, std::min(launch.warp_size, count - first), {}, {}});
   }
 }
 
@@ -415,41 +358,40 @@ void run(const Launch& launch) {
   const FaultTrap trap;
   const Index& grid = launch.grid;
   for (size_t i : order_of(size_t{grid.x} * grid.y * grid.z)) {
-    machine.block = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+    machine.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                      static_cast<unsigned>(i / grid.x / grid.y)};
     run_block();
   }
-  if (const std::string overrun = overrun_of_padding(); !overrun.empty()) {
-    raise(overrun, nullptr);
+  if (const std::string overrun = find_overrun(); !overrun.empty()) {
+    raise("wrote out of bounds: " + overrun, nullptr);
   }
 }
 
 // ---- for a running kernel
 
 const Launch& this_launch() { return *machine.launch; }
-const Index& this_block() { return machine.block; }
+const Index& this_block() { return machine.index; }
 const Index& this_thread() { return machine.current->index; }
 unsigned this_lane() { return machine.current->number % machine.launch->warp_size; }
-unsigned threads_in_block() { return machine.threads.size(); }
-Schedule schedule() { return machine.schedule; }
-bool coin() { return (machine.random() & 1) != 0; }
-
-void* dynamic_shared() {  // its end, aligned to 16 bytes, is where the guard page begins
-  return machine.shared.begin + machine.shared.bytes - (machine.launch->shared_bytes + 15) / 16 * 16;
-}
+unsigned threads_in_block() { return machine.block.count; }
+void* dynamic_shared() { return machine.shared->begin; }
 
 bool is_shared(const void* address) {
   const auto* fixed = static_cast<const char*>(machine.launch->static_shared);
-  return (machine.shared.holds(address) && address >= dynamic_shared()) ||
+  return (address >= machine.shared->begin && address < machine.shared->end) ||
          (address >= fixed && address < fixed + machine.launch->static_shared_bytes);
+}
+
+std::string to_string(Site site) {
+  const char* slash = std::strrchr(site.file, '/');
+  return std::string("(") + (slash != nullptr ? slash + 1 : site.file) + ":" + std::to_string(site.line) + ")";
 }
 
 void fail(const std::string& message) {
   if (machine.current == nullptr) {  // the launcher's own code
     throw std::runtime_error(message);
   }
-  machine.failed = true;
-  machine.message = message;
+  machine.failure = message;
   for (;;) {
     to_scheduler();
   }
@@ -462,32 +404,19 @@ void yield() {
   to_scheduler();
 }
 
-void meet_block(const Meeting& meeting) {
-  arrive(machine.barrier, meeting);
-  if (!complete_barrier()) {
-    to_scheduler();
+void maybe_yield() {
+  if (machine.schedule == Schedule::random && coin()) {
+    yield();
   }
 }
+
+void meet_block(const Meeting& meeting) { meet(machine.block, ~Mask(), meeting); }
 
 void meet_lanes(uint64_t mask, const Meeting& meeting) {
   if ((mask >> this_lane() & 1) == 0) {
     fail(to_string(meeting) + ": lane " + std::to_string(this_lane()) + " is not in its own mask");
   }
-  Warp& warp = warp_of(*machine.current);
-  Collective* place = nullptr;
-  for (Collective& c : warp.meetings) {
-    if (c.arrived > 0 ? c.mask == mask : place == nullptr) {
-      place = &c;
-      if (c.arrived > 0) {
-        break;
-      }
-    }
-  }
-  place->mask = mask;
-  arrive(*place, meeting);
-  if (!complete_lanes(warp, *place)) {
-    to_scheduler();
-  }
+  meet(warp_of(*machine.current), mask, meeting);
 }
 
 namespace {
@@ -502,19 +431,16 @@ void issue_copy(const AsyncCopy& copy) {
     land(copy);
   } else {
     std::memset(copy.to, kPoison, copy.size);
-    machine.current->open_copies.push_back(copy);
+    machine.current->copies.back().push_back(copy);
   }
 }
 
-void commit_copies() {
-  machine.current->committed_copies.push_back(std::move(machine.current->open_copies));
-  machine.current->open_copies.clear();
-}
+void commit_copies() { machine.current->copies.emplace_back(); }
 
 void wait_for_copies(size_t groups_in_flight) {
-  auto& groups = machine.current->committed_copies;
-  for (; groups.size() > groups_in_flight; groups.erase(groups.begin())) {
-    std::for_each(groups.front().begin(), groups.front().end(), land);
+  auto& copies = machine.current->copies;
+  for (; copies.size() - 1 > groups_in_flight; copies.pop_front()) {
+    std::for_each(copies.front().begin(), copies.front().end(), land);
   }
 }
 

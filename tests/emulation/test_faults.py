@@ -21,15 +21,13 @@ FAULTS = {
     "division": (9, "integer division by zero (faults.cu:54)"),
     "cast": (10, "a number that its integer type does not hold"),
     "alignment": (11, "misaligned access: 'const struct int2' needs 8 bytes, the address is 4 past that (faults.cu:60)"),
-    "shared": (12, "access out of bounds: byte 32 of 32 bytes of dynamic shared memory"),
+    "shared": (12, "access out of bounds: byte 32 of dynamic shared memory of 32 bytes"),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=("own-switch", "ucontext"))
-def faults(request, emulation):
-    flags = ["-DFERRUM_UCONTEXT"] if request.param == "ucontext" else []
-    name = "ferrum_faults_" + request.param.replace("-", "_")
-    return Emulated([HERE / "kernels" / "faults.cu"], name, flags=flags)
+@pytest.fixture(scope="module")
+def faults(emulation):
+    return Emulated([HERE / "kernels" / "faults.cu"], "ferrum_faults")
 
 
 def launch(library, kind, blocks_y=1, threads=64, shared_bytes=32, size=63):

@@ -5,9 +5,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "ptx_emulation.h"
 #include "simt.h"
@@ -46,80 +48,77 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   run_cuda(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
+// What all threads of a block get: in how many of them `predicate` holds.
 inline int count_true(int predicate, const char* name, Site site) {
   struct Operand {
     int in, out;
   } operand{predicate, 0};
   block_collective(name, site, operand, [](Operand* const* threads) {
-    int count = 0;
-    for (unsigned i = 0; i < threads_in_block(); ++i) {
-      count += threads[i] != nullptr && threads[i]->in != 0;
-    }
-    for (unsigned i = 0; i < threads_in_block(); ++i) {
-      if (threads[i] != nullptr) {
-        threads[i]->out = count;
-      }
-    }
+    const auto end = threads + threads_in_block();
+    const int count = std::count_if(threads, end, [](const Operand* t) { return t != nullptr && t->in != 0; });
+    std::for_each(threads, end, [=](Operand* t) { t != nullptr ? void(t->out = count) : void(); });
   });
   return operand.out;
 }
 
-// `function(values, mask)` gives the one result for all lanes of `mask`.
-template <class T, class R, class Function>
-R warp_reduce(const char* name, Site site, unsigned mask, T value, R, const Function& function) {
+// What lane `lane` gets: `function(values, lane)`, where values[i] points to what lane i gives, or is null.
+template <class T, class Function>
+auto exchange(const char* name, Site site, unsigned mask, T value, const Function& function) {
   struct Operand {
     T in;
-    R out;
-  } operand{value, R{}};
+    decltype(function(static_cast<const T* const*>(nullptr), 0)) out;
+  } operand{value, {}};
   warp_collective(name, site, mask, operand, [&](Operand* const* lanes) {
-    R result{};
-    bool first = true;
-    for (int i = 0; i < warpSize; ++i) {
-      if (lanes[i] != nullptr) {
-        result = function(first, result, lanes[i]->in, i);
-        first = false;
-      }
-    }
-    for (int i = 0; i < warpSize; ++i) {
-      if (lanes[i] != nullptr) {
-        lanes[i]->out = result;
+    const T* values[warpSize];
+    std::transform(lanes, lanes + warpSize, values, [](Operand* o) { return o != nullptr ? &o->in : nullptr; });
+    for (int lane = 0; lane < warpSize; ++lane) {
+      if (lanes[lane] != nullptr) {
+        lanes[lane]->out = function(values, lane);
       }
     }
   });
   return operand.out;
 }
 
-// `source(lane)` gives the lane to read.
+// The lanes for whose value `predicate(value, this lane's)` holds.
+template <class T, class Predicate>
+unsigned vote(const char* name, Site site, unsigned mask, T value, const Predicate& predicate) {
+  return exchange(name, site, mask, value, [&](const T* const* values, int lane) {
+    unsigned votes = 0;
+    for (int i = 0; i < warpSize; ++i) {
+      votes |= values[i] != nullptr && predicate(*values[i], *values[lane]) ? 1u << i : 0u;
+    }
+    return votes;
+  });
+}
+
+template <class T, class Function>
+T reduce(const char* name, Site site, unsigned mask, T value, const Function& function) {
+  return exchange(name, site, mask, value, [&](const T* const* values, int lane) {
+    T result = *values[lane];
+    for (int i = 0; i < warpSize; ++i) {
+      result = values[i] != nullptr && i != lane ? function(result, *values[i]) : result;
+    }
+    return result;
+  });
+}
+
+// `source(first, last)` gives the lane to read, of the segment of `width` lanes that holds this one.
 template <class T, class Source>
 T shuffle(const char* name, Site site, unsigned mask, T value, int width, const Source& source) {
   if (width <= 0 || width > 32 || (width & (width - 1)) != 0) {
     fail(std::string(name) + ": width " + std::to_string(width) + " is no power of two up to 32");
   }
-  struct Operand {
-    T in, out;
-    int from;
-  } operand{value, value, source(static_cast<int>(this_lane()))};
-  warp_collective(name, site, mask, operand, [&](Operand* const* lanes) {
-    for (int i = 0; i < warpSize; ++i) {
-      if (lanes[i] == nullptr) {
-        continue;
-      }
-      if (lanes[lanes[i]->from] == nullptr) {
-        fail(std::string(name) + ": lane " + std::to_string(i) + " reads lane " + std::to_string(lanes[i]->from) +
-             ", which takes no part");
-      }
-      lanes[i]->out = lanes[lanes[i]->from]->in;
+  const int first = static_cast<int>(this_lane()) & ~(width - 1);
+  const std::pair<T, int> given{value, source(first, first + width - 1)};
+  return exchange(name, site, mask, given, [=](const std::pair<T, int>* const* values, int lane) {
+    const int from = values[lane]->second;
+    if (values[from] == nullptr) {
+      fail(std::string(name) + ": lane " + std::to_string(lane) + " reads lane " + std::to_string(from) +
+           ", which takes no part");
     }
+    return values[from]->first;
   });
-  return operand.out;
-}
-
-template <class To, class From>
-To bits_of(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
 }
 
 }  // namespace ferrum::emulation
@@ -138,100 +137,70 @@ inline int __syncthreads_or(int predicate, FERRUM_AT) {
 inline int __syncthreads_and(int predicate, FERRUM_AT) {
   return ferrum::emulation::count_true(predicate == 0, "__syncthreads_and", site) == 0;
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, FERRUM_AT) {
-  return ferrum::emulation::warp_reduce(
-      "__ballot_sync", site, mask, predicate, 0u,
-      [](bool, unsigned votes, int vote, int lane) { return votes | (vote != 0 ? 1u << lane : 0u); });
-}
 inline void __syncwarp(unsigned mask = 0xffffffffu, FERRUM_AT) {
-  ferrum::emulation::warp_reduce("__syncwarp", site, mask, 0, 0, [](bool, int, int, int) { return 0; });
+  ferrum::emulation::vote("__syncwarp", site, mask, 0, [](int, int) { return true; });
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, FERRUM_AT) {
+  return ferrum::emulation::vote("__ballot_sync", site, mask, predicate, [](int p, int) { return p != 0; });
 }
 inline int __any_sync(unsigned mask, int predicate, FERRUM_AT) {
-  return ferrum::emulation::warp_reduce("__any_sync", site, mask, predicate, 0,
-                                        [](bool, int any, int vote, int) { return int{any != 0 || vote != 0}; });
+  return ferrum::emulation::vote("__any_sync", site, mask, predicate, [](int p, int) { return p != 0; }) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate, FERRUM_AT) {
-  return ferrum::emulation::warp_reduce("__all_sync", site, mask, predicate, 0, [](bool first, int all, int vote, int) {
-    return int{(first || all != 0) && vote != 0};
-  });
+  return ferrum::emulation::vote("__all_sync", site, mask, predicate, [](int p, int) { return p == 0; }) == 0;
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, FERRUM_AT) {
+  return ferrum::emulation::vote("__match_any_sync", site, mask, value, [](T a, T b) { return a == b; });
 }
 // Hardware may name any set of lanes that holds the caller; a correct kernel works with the smallest.
 inline unsigned __activemask() { return 1u << ferrum::emulation::this_lane(); }
 
 template <class T>
 T __reduce_add_sync(unsigned mask, T value, FERRUM_AT) {
-  return ferrum::emulation::warp_reduce("__reduce_add_sync", site, mask, value, T{},
-                                        [](bool, T sum, T x, int) { return T(sum + x); });
+  return ferrum::emulation::reduce("__reduce_add_sync", site, mask, value, [](T a, T b) { return T(a + b); });
 }
 template <class T>
 T __reduce_max_sync(unsigned mask, T value, FERRUM_AT) {
-  return ferrum::emulation::warp_reduce("__reduce_max_sync", site, mask, value, T{},
-                                        [](bool first, T best, T x, int) { return first || x > best ? x : best; });
+  return ferrum::emulation::reduce("__reduce_max_sync", site, mask, value, [](T a, T b) { return a > b ? a : b; });
 }
 template <class T>
 T __reduce_min_sync(unsigned mask, T value, FERRUM_AT) {
-  return ferrum::emulation::warp_reduce("__reduce_min_sync", site, mask, value, T{},
-                                        [](bool first, T best, T x, int) { return first || x < best ? x : best; });
-}
-template <class T>
-unsigned __match_any_sync(unsigned mask, T value, FERRUM_AT) {
-  struct Operand {
-    T in;
-    unsigned out;
-  } operand{value, 0};
-  ferrum::emulation::warp_collective("__match_any_sync", site, mask, operand, [](Operand* const* lanes) {
-    for (int i = 0; i < warpSize; ++i) {
-      for (int j = 0; lanes[i] != nullptr && j < warpSize; ++j) {
-        lanes[i]->out |= lanes[j] != nullptr && lanes[j]->in == lanes[i]->in ? 1u << j : 0u;
-      }
-    }
-  });
-  return operand.out;
+  return ferrum::emulation::reduce("__reduce_min_sync", site, mask, value, [](T a, T b) { return a < b ? a : b; });
 }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32, FERRUM_AT) {
   return ferrum::emulation::shuffle("__shfl_sync", site, mask, value, width,
-                                    [=](int lane) { return (lane & ~(width - 1)) | (from & (width - 1)); });
+                                    [=](int first, int) { return first | (from & (width - 1)); });
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FERRUM_AT) {
-  return ferrum::emulation::shuffle("__shfl_up_sync", site, mask, value, width, [=](int lane) {
-    const int from = lane - static_cast<int>(delta);
-    return from < (lane & ~(width - 1)) ? lane : from;
-  });
+  const int lane = ferrum::emulation::this_lane(), from = lane - static_cast<int>(delta);
+  return ferrum::emulation::shuffle("__shfl_up_sync", site, mask, value, width,
+                                    [=](int first, int) { return from < first ? lane : from; });
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, FERRUM_AT) {
-  return ferrum::emulation::shuffle("__shfl_down_sync", site, mask, value, width, [=](int lane) {
-    const int from = lane + static_cast<int>(delta);
-    return from > (lane | (width - 1)) ? lane : from;
-  });
+  const int lane = ferrum::emulation::this_lane(), from = lane + static_cast<int>(delta);
+  return ferrum::emulation::shuffle("__shfl_down_sync", site, mask, value, width,
+                                    [=](int, int last) { return from > last ? lane : from; });
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, FERRUM_AT) {
-  return ferrum::emulation::shuffle("__shfl_xor_sync", site, mask, value, width, [=](int lane) {
-    const int from = lane ^ bits;
-    return from > (lane | (width - 1)) ? lane : from;
-  });
+  const int lane = ferrum::emulation::this_lane(), from = lane ^ bits;
+  return ferrum::emulation::shuffle("__shfl_xor_sync", site, mask, value, width,
+                                    [=](int, int last) { return from > last ? lane : from; });
 }
 
 // ---- memory
 
-template <class T>
-T __ldg(const T* from) {
-  return *from;
-}
 inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __nanosleep(unsigned) { ferrum::emulation::yield(); }
+[[noreturn]] inline void __trap() { ferrum::emulation::fail("__trap"); }
 
 template <class T, class Function>
 T ferrum_atomic(T* at, const Function& function) {
-  // Another thread may come between any two of this one's atomics.
-  if (ferrum::emulation::schedule() == ferrum::emulation::Schedule::random && ferrum::emulation::coin()) {
-    ferrum::emulation::yield();
-  }
+  ferrum::emulation::maybe_yield();  // another thread may come between any two of this one's atomics
   const T old = *at;
   *at = function(old);
   return old;
@@ -241,29 +210,12 @@ T atomicAdd(T* at, std::common_type_t<T> x) {
   return ferrum_atomic(at, [=](T old) { return T(old + x); });
 }
 template <class T>
-T atomicMax(T* at, std::common_type_t<T> x) {
-  return ferrum_atomic(at, [=](T old) { return old > x ? old : x; });
-}
-template <class T>
-T atomicMin(T* at, std::common_type_t<T> x) {
-  return ferrum_atomic(at, [=](T old) { return old < x ? old : x; });
-}
-template <class T>
 T atomicOr(T* at, std::common_type_t<T> x) {
   return ferrum_atomic(at, [=](T old) { return T(old | x); });
 }
 template <class T>
-T atomicAnd(T* at, std::common_type_t<T> x) {
-  return ferrum_atomic(at, [=](T old) { return T(old & x); });
-}
-template <class T>
-T atomicExch(T* at, std::common_type_t<T> x) {
-  ferrum::emulation::yield();  // locks spin on these two
-  return ferrum_atomic(at, [=](T) { return x; });
-}
-template <class T>
 T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> x) {
-  ferrum::emulation::yield();
+  ferrum::emulation::yield();  // locks spin on it
   return ferrum_atomic(at, [=](T old) { return old == expected ? x : old; });
 }
 
@@ -282,20 +234,7 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __powf(float x, float y) { return powf(x, y); }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(x))); }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline float __saturatef(float x) { return x > 0.0f ? fminf(x, 1.0f) : 0.0f; }
 
 // Conversions of CUDA saturate, and make 0 of a NaN.
 inline int ferrum_saturate(double x) {
@@ -305,20 +244,13 @@ inline int __float2int_rn(float x) { return ferrum_saturate(nearbyintf(x)); }
 inline int __float2int_rz(float x) { return ferrum_saturate(truncf(x)); }
 inline int __float2int_rd(float x) { return ferrum_saturate(floorf(x)); }
 inline int __float2int_ru(float x) { return ferrum_saturate(ceilf(x)); }
-inline float __int2float_rn(int x) { return static_cast<float>(x); }
-inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 
-inline int __float_as_int(float x) { return ferrum::emulation::bits_of<int>(x); }
-inline unsigned __float_as_uint(float x) { return ferrum::emulation::bits_of<unsigned>(x); }
-inline float __int_as_float(int x) { return ferrum::emulation::bits_of<float>(x); }
-inline float __uint_as_float(unsigned x) { return ferrum::emulation::bits_of<float>(x); }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __brev(unsigned x) {
   unsigned reversed = 0;
   for (int i = 0; i < 32; ++i) {

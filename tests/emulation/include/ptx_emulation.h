@@ -1,6 +1,9 @@
 // What the instructions of csrc/cuda/ptx.cuh and mma.cuh do.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstring>
 #include <string>
 
@@ -92,47 +95,14 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-// How a register of a fragment is read.
-struct HalfPair {
-  using Number = float;
-  static constexpr int kCount = 2;
-  static float at(uint32_t word, int i) {
-    // The exponent moves to float32's place and is scaled to its bias, which also makes numbers of subnormals.
-    const uint32_t half = word >> 16 * i & 0xffff;
-    uint32_t bits = (half & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    value *= 0x1p112f;
-    std::memcpy(&bits, &value, 4);
-    bits |= value >= 65536.0f ? 0x7f800000u : 0u;  // infinity and NaN
-    bits |= (half & 0x8000) << 16;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-};
+inline float number(__half x) { return __half2float(x); }
+inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline int number(int8_t x) { return x; }
 
-struct BfloatPair {
-  using Number = float;
-  static constexpr int kCount = 2;
-  static float at(uint32_t word, int i) {
-    const uint32_t bits = word >> 16 * i << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-};
-
-struct Int8Quad {
-  using Number = int;
-  static constexpr int kCount = 4;
-  static int at(uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); }
-};
-
-// mma.m16n8kK on the fragments that mma.cuh describes, K = 8 * Register::kCount.
-template <class Register>
-void mma(const char* name, typename Register::Number (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  using Number = typename Register::Number;
-  constexpr int P = Register::kCount, K = 8 * P;
+// mma.m16n8kK on the fragments that mma.cuh describes: registers of P numbers of T, K = 8 * P.
+template <class T, class Number>
+void mma(const char* name, Number (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  constexpr int P = 4 / sizeof(T), K = 8 * P;
   struct Operand {
     const uint32_t *a, *b;
     Number* d;
@@ -143,10 +113,11 @@ void mma(const char* name, typename Register::Number (&d)[4], const uint32_t (&a
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < P; ++i) {
         for (int r = 0; r < 4; ++r) {
-          left[g + 8 * (r % 2)][P * t + 4 * P * (r / 2) + i] = Register::at(lanes[lane]->a[r], i);
+          left[g + 8 * (r % 2)][P * t + 4 * P * (r / 2) + i] =
+              number(reinterpret_cast<const T*>(&lanes[lane]->a[r])[i]);
         }
         for (int r = 0; r < 2; ++r) {
-          right[P * t + 4 * P * r + i][g] = Register::at(lanes[lane]->b[r], i);
+          right[P * t + 4 * P * r + i][g] = number(reinterpret_cast<const T*>(&lanes[lane]->b[r])[i]);
         }
       }
     }

@@ -22,12 +22,12 @@ struct Site {
   int line;
   static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
+std::string to_string(Site site);  // "(norm.cu:12)"
 
 struct Launch {
   const char* name;
-  Index grid, block;
+  Index grid, block;    // block: 1 to 1024 threads
   size_t shared_bytes;  // dynamic
-  size_t shared_limit;  // of the device
   unsigned warp_size;   // at most 64
   void* static_shared;  // poisoned before every block, as the dynamic one
   size_t static_shared_bytes;
@@ -46,43 +46,34 @@ unsigned this_lane();
 unsigned threads_in_block();
 void* dynamic_shared();
 bool is_shared(const void* address);
-Schedule schedule();
-bool coin();  // of the random schedule
 
 // Ends the launch with this error. Never returns to the kernel and does not unwind its frames.
 [[noreturn]] void fail(const std::string& message);
 
 // Lets other threads run: whoever spins must call it.
 void yield();
+// The same, under the random schedule and by chance: where another thread may come between.
+void maybe_yield();
 
-// What the threads of a collective do together: `combine(function, operands)`, with a null operand for each thread that
-// has exited or is not in the mask.
+// What threads do together: `combine(operands)`, with a null operand for each one that has exited or is not meant.
 struct Meeting {
   const char* name;
   Site site;
   void* operand;
-  const void* function;
-  void (*combine)(const void* function, void* const* operands);
+  std::function<void(void* const*)> combine;
 };
 void meet_block(const Meeting& meeting);
 void meet_lanes(uint64_t mask, const Meeting& meeting);
-
-template <class Operand, class Function>
-Meeting meeting(const char* name, Site site, Operand& operand, const Function& function) {
-  return {name, site, &operand, &function, [](const void* f, void* const* operands) {
-            (*static_cast<const Function*>(f))(reinterpret_cast<Operand* const*>(operands));
-          }};
-}
 
 // Waits until every live thread of the block, or every live lane of `mask`, is here. Then `function(Operand* const*)`
 // runs once for all of them, by their number in the block or by lane; it reads and writes their operands in place.
 template <class Operand, class Function>
 void block_collective(const char* name, Site site, Operand& operand, const Function& function) {
-  meet_block(meeting(name, site, operand, function));
+  meet_block({name, site, &operand, [&](void* const* all) { function(reinterpret_cast<Operand* const*>(all)); }});
 }
 template <class Operand, class Function>
 void warp_collective(const char* name, Site site, uint64_t mask, Operand& operand, const Function& function) {
-  meet_lanes(mask, meeting(name, site, operand, function));
+  meet_lanes(mask, {name, site, &operand, [&](void* const* all) { function(reinterpret_cast<Operand* const*>(all)); }});
 }
 
 // A copy to shared memory that may land at any time between issue and wait: at the issue (reverse order), at the wait
@@ -95,10 +86,5 @@ struct AsyncCopy {
 void issue_copy(const AsyncCopy& copy);
 void commit_copies();
 void wait_for_copies(size_t groups_in_flight);
-
-// ---- of guard.cpp
-
-std::string describe_tensor_at(const void* address);  // empty where no guarded tensor is near
-std::string overrun_of_padding();                     // empty unless something beside a tensor was written
 
 }  // namespace ferrum::emulation
