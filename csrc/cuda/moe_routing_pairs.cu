@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(1024) write_chunk_rows(Pairs pairs, const int3
   write_rows(pairs, first, ranked, rows + chunk * pairs.num_experts, out);
 }
 
-__global__ void __launch_bounds__(1024) build_rows(Pairs pairs, PackedRows out) {
+// The launch has one block; left to itself the compiler spills to fit two into a multiprocessor.
+__global__ void __launch_bounds__(1024, 1) build_rows(Pairs pairs, PackedRows out) {
   __shared__ int32_t scratch[kMaxWarps];
   FERRUM_DYNAMIC_SHARED(int32_t, shared);
   int32_t* const totals = shared;

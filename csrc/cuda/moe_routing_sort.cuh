@@ -50,25 +50,27 @@ struct Ranked {
 __device__ inline Ranked rank_chunk(const Pairs& pairs, int64_t first, uint16_t* table, int32_t* totals) {
   const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
   const int32_t experts = pairs.num_experts;
+  Ranked ranked;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {  // all ids are on their way before one is waited for
+    ranked.expert[step] = step < pairs.steps ? pairs.expert_of(pairs.index(first, step)) : -1;
+    ranked.rank[step] = 0;
+  }
   for (unsigned i = threadIdx.x; i < warps * experts; i += blockDim.x) {
     table[i] = 0;
   }
   __syncthreads();
 
-  Ranked ranked;
   uint16_t* const counts = table + warp * experts;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    ranked.expert[step] = -1;
-    ranked.rank[step] = 0;
     if (step >= pairs.steps) {
       continue;
     }
-    const int32_t expert = pairs.expert_of(pairs.index(first, step));
+    const int32_t expert = ranked.expert[step];
     const unsigned peers = __match_any_sync(kFullWarp, expert);
     const unsigned before = peers & ((1u << lane) - 1);
     const int32_t earlier = expert < 0 ? 0 : counts[expert];
-    ranked.expert[step] = expert;
     ranked.rank[step] = earlier + __popc(before);
     __syncwarp();
     if (expert >= 0 && before == 0) {
