@@ -30,8 +30,7 @@ using Mask = std::bitset<kMaxThreads>;  // of threads of a group
 // A barrier or a warp instruction that threads wait in.
 struct Collective {
   Meeting first;  // as the first to arrive has it
-  Mask mask;
-  unsigned arrived = 0;
+  Mask mask, arrived;
 };
 
 // Threads that can meet: the block, or a warp of it.
@@ -172,23 +171,21 @@ void check_barrier(const Collective& barrier) {
 
 // Ends the wait in `place` once all that it waits for have arrived; false while some have not.
 bool complete(Group& group, Place place) {
-  if (place->arrived < (place->mask & group.live).count()) {
+  if ((place->mask & group.live & ~place->arrived).any()) {
     return false;
   }
   if (&group == &machine.block) {
     check_barrier(*place);
   }
-  void* operands[kMaxThreads] = {};
-  std::vector<Thread*> members;
-  for (unsigned i = 0; i < group.count; ++i) {
-    if (Thread& thread = machine.threads[group.first + i]; thread.waits_in == &*place) {
-      operands[i] = thread.operand;
-      members.push_back(&thread);
-    }
+  void* operands[kMaxThreads];
+  for (unsigned i = 0; i < std::max(group.count, machine.launch->warp_size); ++i) {
+    operands[i] = place->arrived[i] ? machine.threads[group.first + i].operand : nullptr;
   }
   place->first.combine(operands);
-  for (Thread* thread : members) {
-    thread->waits_in = nullptr;
+  for (unsigned i = 0; i < group.count; ++i) {
+    if (place->arrived[i]) {
+      machine.threads[group.first + i].waits_in = nullptr;
+    }
   }
   group.open.erase(place);
   machine.collectives++;
@@ -203,11 +200,11 @@ bool same(const Meeting& a, const Meeting& b) {
 void meet(Group& group, const Mask& mask, const Meeting& meeting) {
   Place place = std::find_if(group.open.begin(), group.open.end(), [&](auto& other) { return other.mask == mask; });
   if (place == group.open.end()) {
-    place = group.open.insert(place, {meeting, mask});
+    place = group.open.insert(place, {meeting, mask, {}});
   } else if (!same(place->first, meeting)) {
     fail("diverged: reached " + to_string(meeting) + " while others wait in " + to_string(place->first));
   }
-  place->arrived++;
+  place->arrived.set(machine.current->number - group.first);
   machine.current->waits_in = &*place;
   machine.current->operand = meeting.operand;
   if (!complete(group, place)) {

@@ -95,7 +95,14 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-inline float number(__half x) { return __half2float(x); }
+// Several times faster than NVIDIA's for the host: the exponent moves to float32's place and is scaled to its bias,
+// which also makes numbers of subnormals.
+inline float number(__half x) {
+  const uint32_t half = __half_as_ushort(x);
+  const float value = __builtin_bit_cast(float, (half & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t special = value >= 65536.0f ? 0x7f800000 : 0;  // infinity and NaN
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, value) | special | (half & 0x8000) << 16);
+}
 inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline int number(int8_t x) { return x; }
 
