@@ -133,9 +133,14 @@ class RuntimeConfig:
     """
 
     triton_int4: bool = _knob(
-        "triton_int4", Switch(), False, "int4 linears run on the Triton kernel for the GPTQ layout instead of Marlin"
+        "triton_int4",
+        Switch(),
+        False,
+        'quantised weights stay as they are on disk, for the Triton kernels: what layout="gptq" does for one model',
     )
-    vllm_marlin: bool = _knob("vllm_marlin", Switch(), False, "dense int4 linears use vLLM's variant of Marlin")
+    vllm_marlin: bool = _knob(
+        "vllm_marlin", Switch(), False, "nothing: dense linears and experts have one Marlin kernel", devices=()
+    )
     vllm_marlin_sms: int | None = _knob(
         "vllm_marlin_sms",
         Integer(1),
@@ -151,15 +156,26 @@ class RuntimeConfig:
     vllm_fp32_reduce: bool = _knob(
         "vllm_fp32_reduce", Switch(), True, "Marlin adds partial sums in float32 instead of the output's dtype"
     )
-    vllm_moe: bool = _knob("vllm_moe", Switch(), True, "experts are grouped products over aligned blocks")
+    vllm_moe: bool = _knob(
+        "vllm_moe",
+        Switch(),
+        True,
+        "experts are grouped products of packed weights over aligned blocks; off: they are dequantised at every call "
+        "and multiplied by PyTorch's grouped product",
+    )
     vllm_moe_pair_ids: bool = _knob(
-        "vllm_moe_pair_ids", Switch(), True, "blocks hold pair ids, which saves gathering the rows first"
+        "vllm_moe_pair_ids",
+        Switch(),
+        True,
+        "blocks hold pair ids, which saves gathering the rows first; off: they hold packed rows",
     )
     vllm_moe_zero_ws: bool = _knob(
         "vllm_moe_zero_ws", Switch(), False, "the workspace of locks is zeroed before every grouped product"
     )
-    moe_fused: bool = _knob("moe_fused", Switch(), True, "one launch for all experts instead of one for each")
-    moe_streams: int = _knob("moe_streams", Integer(1), 4, "streams that the launches for single experts take turns on")
+    moe_fused: bool = _knob(
+        "moe_fused", Switch(), True, "one launch for all experts; off: `fused` runs as `bucketed` does"
+    )
+    moe_streams: int = _knob("moe_streams", Integer(1), 4, "streams that the launches of `bucketed` take turns on")
     moe_block_size: int | None = _knob(
         "moe_block_size",
         Integer(choices=MOE_BLOCK_SIZES),
@@ -178,7 +194,11 @@ class RuntimeConfig:
         "moe_large_m_min_pairs", Integer(), 1024, "pairs from which moe_large_m_block_size holds", devices=None
     )
     moe_host_route: bool = _knob(
-        "moe_host_route", Switch(), False, "the order of the pairs is made on the host, which reads the ids back"
+        "moe_host_route",
+        Switch(),
+        False,
+        "`bucketed` makes its plan on the host, which reads the ids back and launches no idle bucket; it cannot be "
+        "captured then",
     )
     moe_profile: bool = _knob(
         "moe_profile",
@@ -224,6 +244,13 @@ class RuntimeConfig:
             "large_m_min_pairs": self.moe_large_m_min_pairs,
         }
 
+    @property
+    def marlin_reduction(self) -> str:
+        """`reduction` of the Marlin products."""
+        if self.vllm_atomic_add:
+            return "atomic"
+        return "fp32" if self.vllm_fp32_reduce else "rounded"
+
     def without_effect(self, device: str | torch.device) -> list[str]:
         """Names of the knobs that are not at their built-in default and change nothing on this kind of device."""
         kind = torch.device(device).type
@@ -260,7 +287,7 @@ def table(config: RuntimeConfig) -> str:
     rows = [("variable", "accepts", "default", "value", "changes something on", "effect"), ("---",) * 6]
     for knob in knobs():
         default, value = ("unset" if v is None else str(v) for v in (knob.default, getattr(config, knob.name)))
-        devices = "every device" if knob.devices is None else ", ".join(knob.devices)
+        devices = "every device" if knob.devices is None else ", ".join(knob.devices) or "no device"
         rows.append((f"`{knob.variable}`", knob.values.accepted, default, value, devices, knob.effect))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -270,7 +297,7 @@ def _described() -> str:
     lines = []
     for knob in knobs():
         default = "unset" if knob.default is None else knob.default
-        devices = "every device" if knob.devices is None else ", ".join(knob.devices)
+        devices = "every device" if knob.devices is None else ", ".join(knob.devices) or "no device"
         lines.append(
             f"        {knob.name}: {knob.effect}. `{knob.variable}` [{default}]: {knob.values.accepted}; {devices}."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ferrum_models.moe.bucketed import bucketed
 from ferrum_models.moe.profile import phase
 from ferrum_models.moe.weights import ExpertWeights
 
@@ -12,5 +13,7 @@ def fused(
     hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, weights: ExpertWeights
 ) -> torch.Tensor:
     """`experts(hidden[T, H], topk_ids[T, K] int32, topk_weights[T, K] float32, weights) -> [T, H]`."""
+    if not weights.one_launch:
+        return bucketed(hidden, topk_ids, topk_weights, weights)
     with phase("fused"):
         return weights.fused(hidden, topk_ids, topk_weights)

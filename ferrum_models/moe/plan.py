@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -23,6 +23,9 @@ class BucketPlan:
     expert_offsets: torch.Tensor
     packed_token_idx: torch.Tensor
     pairs_by_token: torch.Tensor
+
+    def to(self, device: torch.device) -> BucketPlan:
+        return BucketPlan(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 def build_device_plan(topk_ids: torch.Tensor, num_experts: int) -> BucketPlan:
@@ -81,3 +84,51 @@ def pick_moe_block_size(
     if large_m is not None and pairs >= large_m_min_pairs:
         return large_m
     return 16
+
+
+#: Rows per expert, on average, from which dequantising the experts pays; see docs/tuning.md.
+DEQUANTIZE_MIN_ROWS = 2048
+#: Rows of a block that holds one pair: the smallest tile there is.
+PAIR_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """How the block of one launch for all experts runs.
+
+    "pairs": every pair is a block of its own, so that nothing has to be sorted. "blocks": pairs sorted by expert, every
+    expert padded to whole blocks. "dense": experts dequantised, then torch's grouped product of packed rows.
+    """
+
+    path: str
+    block_size: int = 0
+
+
+def pick_fused_config(
+    tokens: int,
+    top_k: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    *,
+    grouped: bool = True,
+    dequantize_min_rows: int = DEQUANTIZE_MIN_ROWS,
+    override: int | None = None,
+    large_m: int | None = None,
+    large_m_min_pairs: int = 1024,
+) -> FusedConfig:
+    """The path of `fused` and its block size. Depends on sizes only, never on the routing.
+
+    One token has no two pairs on an expert: "pairs", whatever the sizes say. From `dequantize_min_rows` rows per expert
+    on (0: never) bfloat16 takes "dense"; `grouped` False takes it always. Everything else takes "blocks" of
+    `pick_moe_block_size` rows, as which the remaining arguments are passed on.
+    """
+    block_size = pick_moe_block_size(
+        tokens * top_k, override=override, large_m=large_m, large_m_min_pairs=large_m_min_pairs
+    )
+    if not grouped:
+        return FusedConfig("dense")
+    if tokens == 1:
+        return FusedConfig("pairs", PAIR_BLOCK if override is None else override)
+    many = 0 < dequantize_min_rows * num_experts <= tokens * top_k
+    # Elsewhere than in bfloat16 torch's grouped product is a loop on the host.
+    return FusedConfig("dense") if many and dtype == torch.bfloat16 else FusedConfig("blocks", block_size)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 import ferrum_ops
+
+if TYPE_CHECKING:
+    from ferrum_models.moe.streams import Lanes
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class ExpertWeights(ABC):
     layout: ClassVar[str]
     tensor_fields: ClassVar[tuple[str, ...]]
     value_fields: ClassVar[tuple[str, ...]]
+    #: Tensors that no checkpoint has, such as a workspace: made by `make_constants` for a device.
+    constant_fields: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -39,6 +44,40 @@ class ExpertWeights(ABC):
     @abstractmethod
     def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """`[T, H], [T, K] int32, [T, K] float32 -> [T, H]`; ids outside `[0, E)` are skipped."""
+
+    @property
+    def streams(self) -> int:
+        """CUDA streams that the launches of `bucketed` take turns on."""
+        return 1
+
+    @property
+    def host_route(self) -> bool:
+        """Whether the host makes the plan of `bucketed`."""
+        return False
+
+    @property
+    def one_launch(self) -> bool:
+        """Whether `fused` runs as that, and not as `bucketed`."""
+        return True
+
+    @classmethod
+    def make_constants(cls, values: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors of `constant_fields`; `values` are the fields that are no tensors."""
+        return {}
+
+    def bucketed(
+        self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, lanes: Lanes
+    ) -> torch.Tensor | None:
+        """The block in launches for single buckets of rows, without a host read; None if the layout has none."""
+        return None
+
+    def bucket_rows(self, rows_per_expert: list[int]) -> int | None:
+        """Most rows of a bucket; None: all of an expert's."""
+        return None
+
+    def lane(self, index: int) -> ExpertWeights:
+        """The weights as launches on one of several streams use them."""
+        return self
 
     def traceable(self, dtype: torch.dtype) -> bool:
         """Whether a compiler can trace through `fused` for activations of this dtype."""
@@ -59,11 +98,17 @@ class ExpertWeights(ABC):
         layout, *settings = spec.split(";")
         cls = LAYOUTS[layout]
         values = dict(setting.split("=") for setting in settings)
-        typed = {name: int(value) if value.isdecimal() else value for name, value in values.items()}
+        typed = {name: _parse(value) for name, value in values.items()}
         return cls(**dict(zip(cls.tensor_fields, tensors)), **typed)
 
 
-def _grouped_experts(
+def _parse(value: str) -> int | bool | str:
+    if value in ("True", "False"):
+        return value == "True"
+    return int(value) if value.lstrip("-").isdecimal() else value
+
+
+def grouped_experts(
     hidden: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -82,6 +127,20 @@ def _grouped_experts(
     return ferrum_ops.moe_combine(rows, pairs, topk_weights)
 
 
+LAYOUTS: dict[str, type[ExpertWeights]] = {}
+
+Weights = TypeVar("Weights", bound=type[ExpertWeights])
+
+
+def register_layout(cls: Weights) -> Weights:
+    """Class decorator: sorts the fields into tensors and values, and makes the layout known to `rebuild`."""
+    cls.tensor_fields = tuple(f.name for f in fields(cls) if "Tensor" in str(f.type))
+    cls.value_fields = tuple(f.name for f in fields(cls) if f.name not in cls.tensor_fields)
+    LAYOUTS[cls.layout] = cls
+    return cls
+
+
+@register_layout
 @dataclass(frozen=True)
 class DenseExpertWeights(ExpertWeights):
     """Dense weights as transformers holds them."""
@@ -101,12 +160,13 @@ class DenseExpertWeights(ExpertWeights):
         return F.linear(x, self.down_proj[expert])
 
     def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        return _grouped_experts(hidden, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
+        return grouped_experts(hidden, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
 
 
+@register_layout
 @dataclass(frozen=True)
 class GptqExpertWeights(ExpertWeights):
-    """GPTQ tensors as on disk, stacked: for devices that have no packed kernel yet. Dequantised when used."""
+    """GPTQ tensors as on disk, stacked: on request, and where there is no packed kernel. Dequantised when used."""
 
     layout = "gptq"
     gate_qweight: torch.Tensor  # int32 [E, H*bits/32, I]
@@ -147,9 +207,10 @@ class GptqExpertWeights(ExpertWeights):
             return torch.stack([self._weight(projection, e, hidden.dtype).T for e in range(self.num_experts)])
 
         gate_up = torch.cat([stack("gate"), stack("up")], dim=1)
-        return _grouped_experts(hidden, topk_ids, topk_weights, gate_up, stack("down"))
+        return grouped_experts(hidden, topk_ids, topk_weights, gate_up, stack("down"))
 
 
+@register_layout
 @dataclass(frozen=True)
 class Int4ExpertWeights(ExpertWeights):
     """The CPU layout of `ferrum_ops.int4_pack`: 16 output columns in the lanes, gate and up tiles alternating."""
@@ -233,6 +294,7 @@ class Int4ExpertWeights(ExpertWeights):
         )
 
 
+@register_layout
 @dataclass(frozen=True)
 class GgufExpertWeights(ExpertWeights):
     """GGUF blocks as they lie in the file."""
@@ -279,11 +341,3 @@ class GgufExpertWeights(ExpertWeights):
         up = ferrum_ops.gguf_dequantize(self.up_blocks, self.up_type, dtype)
         down = ferrum_ops.gguf_dequantize(self.down_blocks, self.down_type, dtype)
         return DenseExpertWeights(torch.cat([gate, up], dim=1), down)
-
-
-LAYOUTS: dict[str, type[ExpertWeights]] = {
-    cls.layout: cls for cls in (DenseExpertWeights, GptqExpertWeights, Int4ExpertWeights, GgufExpertWeights)
-}
-for _cls in LAYOUTS.values():
-    _cls.tensor_fields = tuple(f.name for f in fields(_cls) if "Tensor" in str(f.type))
-    _cls.value_fields = tuple(f.name for f in fields(_cls) if f.name not in _cls.tensor_fields)

@@ -1,4 +1,4 @@
-"""Modules that hold quantised weights: linears in two layouts, a concatenation of linears, and packed experts."""
+"""Modules that hold quantised weights: linears in their layouts, a concatenation of linears, and packed experts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 import ferrum_ops
 from ferrum_models.moe.weights import ExpertWeights
+from ferrum_models.quantization.marlin import MarlinShape
 from ferrum_ops.formats import int4, int8
 
 
@@ -23,6 +24,89 @@ class _FormatModule(nn.Module):
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+
+class _KernelModule(_FormatModule):
+    """Also holds constants of its kernels, such as a workspace: buffers that no checkpoint has, made for a device."""
+
+    def make_constants(self, device: torch.device) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make the constants for the device of the other buffers. Called after loading and after every move."""
+        device = next(t.device for name, t in self.named_buffers() if name not in self._non_persistent_buffers_set)
+        for name, tensor in self.make_constants(device).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if any(self._buffers[name] is not None for name in self._non_persistent_buffers_set):
+            self.prepare()
+        return self
+
+    def constant(self, name: str) -> torch.Tensor:
+        if self._buffers[name] is None:
+            self.prepare()
+        tensor = self._buffers[name]
+        assert tensor is not None
+        return tensor
+
+
+class MarlinLinear(_KernelModule):
+    """`x @ W + bias` with W in the Marlin layout, sizes padded to whole tiles.
+
+    `packed` int32 [R/16, C*bits/2], `scales` [G, C], `zeros` int32 [G, C*bits/32] or None (zero point 2**(bits-1)),
+    `perm` int32 [R] or None, `bias` [N] or None; R >= K packed rows, C >= N columns.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    layout = "marlin"
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        *,
+        shape: MarlinShape,
+        out_features: int,
+        reduction: str,
+        max_sms: int,
+    ) -> None:
+        super().__init__()
+        for name in ("packed", "scales", "zeros", "perm", "bias"):
+            self.register_buffer(name, tensors.get(name))
+        self.register_buffer("workspace", None, persistent=False)
+        self.shape, self.out_features = shape, out_features
+        self.reduction, self.max_sms = reduction, max_sms
+
+    def make_constants(self, device: torch.device) -> dict[str, torch.Tensor]:
+        return {"workspace": ferrum_ops.marlin_workspace(device)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ferrum_ops.marlin_gemm(
+            x,
+            self.packed,
+            self.scales,
+            self.zeros,
+            self.perm,
+            self.bias,
+            self.constant("workspace"),
+            self.out_features,
+            self.shape.group_size,
+            self.shape.bits,
+            self.reduction,
+            self.max_sms,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.shape.in_features}, out_features={self.out_features}, bits={self.shape.bits}, "
+            f"group_size={self.shape.group_size}, zeros={self.zeros is not None}, perm={self.perm is not None}"
+        )
 
 
 class Int4Linear(_FormatModule):
@@ -153,18 +237,22 @@ class RoundedLinear(_FormatModule):
         )
 
 
-#: Rows from which a bfloat16 product of dequantised weights beats gptq_gemm, which computes in fp32, on a processor
-#: with bfloat16 dot products.
+#: Rows from which a product of dequantised weights beats gptq_gemm. On the CPU that is so for bfloat16 on a processor
+#: with bfloat16 dot products. On CUDA, dequantising moves 4.5 bytes per 4-bit weight once more, what a dense product of
+#: about 260 rows takes at an H200's rates, and gptq_gemm is slower than a dense product by less than half.
 DENSE_BFLOAT16_ROWS = 32
+DENSE_CUDA_ROWS = 512
 
 
-def _multiplies_words(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+def multiplies_words(rows: int, dtype: torch.dtype, device_type: str) -> bool:
     """Whether gptq_gemm is the faster way. Its reference, on a device without a kernel, multiplies in fp32."""
-    return device.type == "cpu" and (dtype != torch.bfloat16 or rows < DENSE_BFLOAT16_ROWS)
+    if device_type == "cuda":
+        return rows < DENSE_CUDA_ROWS
+    return device_type == "cpu" and (dtype != torch.bfloat16 or rows < DENSE_BFLOAT16_ROWS)
 
 
 class GptqLinear(_FormatModule):
-    """`x @ W + bias` with W as on disk: devices without a packed kernel.
+    """`x @ W + bias` with W as on disk: on request, and where there is no packed kernel.
 
     Multiplied by `gptq_gemm` where that is faster, else dequantised to x's dtype at every call.
     """
@@ -197,7 +285,7 @@ class GptqLinear(_FormatModule):
         self.bits, self.zero_offset = bits, zero_offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _multiplies_words(x.numel() // max(self.in_features, 1), x.dtype, x.device):
+        if multiplies_words(x.numel() // max(self.in_features, 1), x.dtype, x.device.type):
             return ferrum_ops.gptq_gemm(
                 x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bias, self.bits, self.zero_offset
             )
@@ -228,7 +316,7 @@ class DenseLinear(nn.Linear):
     layout = "dense"
 
 
-class PackedExperts(_FormatModule):
+class PackedExperts(_KernelModule):
     """Any packed layout of `ferrum_models.moe.weights` as a module: its tensors are buffers of the same names."""
 
     def __init__(self, weights: ExpertWeights) -> None:
@@ -236,14 +324,20 @@ class PackedExperts(_FormatModule):
         self._layout_class = type(weights)
         self._values = {name: getattr(weights, name) for name in weights.value_fields}
         for name, tensor in zip(weights.tensor_fields, weights.tensors()):
-            self.register_buffer(name, tensor)
+            constant = name in weights.constant_fields
+            self.register_buffer(name, None if constant else tensor, persistent=not constant)
 
     @property
     def layout(self) -> str:
         return self._layout_class.layout
 
+    def make_constants(self, device: torch.device) -> dict[str, torch.Tensor]:
+        return self._layout_class.make_constants(self._values, device)
+
     @property
     def weights(self) -> ExpertWeights:
+        for name in self._layout_class.constant_fields:
+            self.constant(name)
         buffers = {name: self._buffers[name] for name in self._layout_class.tensor_fields}
         return self._layout_class(**buffers, **self._values)
 

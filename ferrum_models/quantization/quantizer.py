@@ -48,6 +48,9 @@ class FerrumQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         self.quantization_config.plans.clear()  # it holds the checkpoint's files open, and copies share it
+        for module in model.modules():
+            if hasattr(module, "prepare"):
+                module.prepare()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

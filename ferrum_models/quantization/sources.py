@@ -7,16 +7,20 @@ K in features, N out features, G groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 import torch.nn.functional as F
 
 import ferrum_ops
 from ferrum_models.checkpoint import Checkpoint, CheckpointError
+from ferrum_models.quantization.layout import cpu_group_size
 from ferrum_models.quantization.settings import GptqSettings
 from ferrum_ops.formats import gptq, int4, int8
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,7 +32,8 @@ class SavedLinear:
     name: str
     in_features: int
     out_features: int
-    group_size: int
+    group_size: int  # of packed rows: the longest group
+    groups: int
     checkpoint_format: str
     has_g_idx: bool
     scales_dtype: torch.dtype
@@ -100,23 +105,32 @@ class QuantizedSource(LinearSource):
 
     bits: int
     group_size: int  # rows of packed order per group
+    groups: int
     asymmetric: bool
     perm: torch.Tensor | None  # int32 [G * group_size]: the input channel of each packed row, -1 for padding
+    scales_dtype: torch.dtype
+    zero_offset: int  # 1: qzeros hold zero - 1
 
     @property
-    def kernel_group_size(self) -> int | None:
-        """Rows per scale in the CPU layout: the checkpoint's group, or an even part of it of at most 128.
-
-        None if there is no such part that is a multiple of 8.
-        """
-        for size in range(min(128, self.group_size), 7, -1):
-            if size % 8 == 0 and self.group_size % size == 0:
-                return size
-        return None
+    def grouping(self) -> int:
+        """Rows of a full group in packed order; -1 for a single group."""
+        return self.group_size if self.groups > 1 else -1
 
     @property
     @abstractmethod
     def saved(self) -> SavedLinear: ...
+
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """Shape and dtype of each tensor of the on-disk layout; g_idx always among them."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the tensors that `shapes` describes."""
+
+    @abstractmethod
+    def codes(self, device: torch.device, with_zeros: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Copies on `device`: qweight int32 `[K*bits/32, N]`, scales `[G, N]`, and zero points uint8 `[G, N]`."""
 
     @abstractmethod
     def int4(self, perm: torch.Tensor | None, group_size: int, with_zeros: bool) -> Int4Tensors:
@@ -138,6 +152,7 @@ class GptqSource(QuantizedSource):
         super().__init__(checkpoint, name, in_features, out_features)
         module = settings.for_module(name)
         self.bits, self.checkpoint_format = module.bits, module.checkpoint_format
+        self.zero_offset = gptq.zero_offset_of(module.checkpoint_format)
         self.group_size = gptq.effective_group_size(in_features, module.group_size)
         self.groups = gptq.num_groups(in_features, module.group_size)
         if in_features % (32 if self.bits == 3 else 32 // self.bits):
@@ -185,20 +200,21 @@ class GptqSource(QuantizedSource):
     def scales(self) -> torch.Tensor:
         return self.checkpoint.read(f"{self.name}.scales")
 
-    @property
-    def zero_offset(self) -> int:
-        return gptq.zero_offset_of(self.checkpoint_format)
-
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of the on-disk layout; g_idx always among them."""
+    def shapes(self) -> Shapes:
         parts = {part: self.checkpoint.entries[f"{self.name}.{part}"] for part in ("qweight", "qzeros", "scales")}
         shapes = {part: (entry.shape, entry.dtype) for part, entry in parts.items()}
         return shapes | {"g_idx": ((self.in_features,), torch.int32)}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the tensors that `shapes` describes."""
         parts = {part: self.checkpoint.read(f"{self.name}.{part}") for part in ("qweight", "qzeros", "scales")}
         return parts | {"g_idx": self.g_idx()}
+
+    def codes(self, device: torch.device, with_zeros: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with self.checkpoint.mapped(f"{self.name}.qweight") as words:
+            qweight = words.to(device, copy=True)
+        with self.checkpoint.mapped(f"{self.name}.scales") as values:
+            scales = values.to(device, copy=True)
+        return qweight, scales, self.zeros().to(device) if with_zeros else None
 
     @property
     def nbytes(self) -> int:
@@ -211,6 +227,7 @@ class GptqSource(QuantizedSource):
             self.in_features,
             self.out_features,
             self.group_size,
+            self.groups,
             self.checkpoint_format,
             self.has_g_idx,
             self.scales_dtype,
@@ -253,12 +270,15 @@ class RoundedSource(QuantizedSource):
     group_size = 128
     asymmetric = False
     perm = None
+    scales_dtype = torch.float16
+    zero_offset = 1
 
     def __init__(self, checkpoint: Checkpoint, name: str, in_features: int, out_features: int) -> None:
         super().__init__(checkpoint, name, in_features, out_features)
         checkpoint.expect(f"{name}.weight", (out_features, in_features), FLOATS)
         self.tensor_names.append(f"{name}.weight")
         self.group_size = min(RoundedSource.group_size, in_features)
+        self.groups = gptq.num_groups(in_features, self.group_size)
 
     @staticmethod
     def fits(in_features: int, out_features: int) -> bool:
@@ -272,9 +292,10 @@ class RoundedSource(QuantizedSource):
             self.in_features,
             self.out_features,
             self.group_size,
+            self.groups,
             checkpoint_format="gptq",
             has_g_idx=True,
-            scales_dtype=torch.float16,
+            scales_dtype=self.scales_dtype,
             zero_bias=self.zero_bias,
         )
 
@@ -286,6 +307,35 @@ class RoundedSource(QuantizedSource):
         codes, scales = self._codes_and_scales()
         rows = torch.arange(self.in_features) // self.group_size
         return ((codes.float() - int4.SYMMETRIC_ZERO) * scales.float()[rows]).T.to(dtype).contiguous()
+
+    def shapes(self) -> Shapes:
+        columns, groups = self.out_features, self.groups
+        return {
+            "qweight": ((self.in_features * self.bits // 32, columns), torch.int32),
+            "qzeros": ((groups, gptq.packed_columns(columns, self.bits)), torch.int32),
+            "scales": ((groups, columns), self.scales_dtype),
+            "g_idx": ((self.in_features,), torch.int32),
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        qweight, scales, zeros = self.codes(torch.device("cpu"), True)
+        assert zeros is not None
+        g_idx = torch.arange(self.in_features, dtype=torch.int32) // self.group_size
+        return {
+            "qweight": qweight,
+            "qzeros": gptq.encode_zeros(zeros, self.bits, "gptq"),
+            "scales": scales,
+            "g_idx": g_idx,
+        }
+
+    def codes(self, device: torch.device, with_zeros: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        codes, scales = self._codes_and_scales()
+        zeros = torch.full(scales.shape, int4.SYMMETRIC_ZERO, dtype=torch.uint8) if with_zeros else None
+        return (
+            gptq.pack_rows(codes, self.bits).to(device),
+            scales.to(device),
+            None if zeros is None else zeros.to(device),
+        )
 
     def int4(self, perm: torch.Tensor | None, group_size: int, with_zeros: bool) -> Int4Tensors:
         codes, scales = self._codes_and_scales()
@@ -327,20 +377,8 @@ def find_source(
 
 
 def common_group_size(sources: list[QuantizedSource]) -> int | None:
-    """One kernel group size for linears packed together, or None if there is none.
-
-    Different groups meet at their greatest common divisor, as long as they divide K (no padding rows).
-    """
-    sizes = [source.kernel_group_size for source in sources]
-    known = [size for size in sizes if size is not None]
-    if not known or len(known) != len(sizes):
-        return None
-    common = gcd(*known)
-    if len({source.group_size for source in sources}) > 1 and any(
-        source.in_features % source.group_size for source in sources
-    ):
-        return None
-    return common if common % 8 == 0 else None
+    """One group size of the CPU layout for linears packed together, or None if there is none."""
+    return cpu_group_size(tuple({source.grouping for source in sources}), sources[0].in_features)
 
 
 def unpack_int4(
@@ -362,3 +400,27 @@ def unpack_int4(
         "scales": scales.to(saved.scales_dtype),
         "g_idx": gptq.g_idx_from_perm(perm, saved.group_size, saved.in_features),
     }
+
+
+def same_order(sources: Sequence[QuantizedSource]) -> bool:
+    """Whether linears read their rows in one order, so that they can stand side by side."""
+    first = sources[0].perm
+    for source in sources[1:]:
+        if (source.perm is None) != (first is None):
+            return False
+        if source.perm is not None and first is not None and not torch.equal(source.perm, first):
+            return False
+    return True
+
+
+def bias_of(sources: Sequence[LinearSource], dtype: torch.dtype) -> torch.Tensor:
+    """The biases of linears side by side, zeros for one without."""
+    biases = [s.bias(dtype) for s in sources]
+    return torch.cat([torch.zeros(s.out_features, dtype=dtype) if b is None else b for s, b in zip(sources, biases)])
+
+
+def in_parallel(work: Callable[[int], None], count: int) -> None:
+    """`work(0) ... work(count - 1)` on as many threads as torch computes with; the first exception is raised."""
+    with ThreadPoolExecutor(max_workers=max(1, min(torch.get_num_threads(), count))) as pool:
+        for _ in pool.map(work, range(count)):
+            pass

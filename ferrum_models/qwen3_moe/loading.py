@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig, Qwen3MoeConfig
 from transformers.utils import cached_file
 
 from ferrum_models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
+from ferrum_models.quantization.layout import LAYOUTS
 from ferrum_models.quantization.settings import GptqSettings
 from ferrum_models.qwen3_moe.gguf import find_gguf_file
 from ferrum_models.qwen3_moe.gguf_config import generation_config, qwen3_moe_config
@@ -48,6 +49,7 @@ def load_pretrained(
     activation: str,
     quantize: str | None,
     lm_head: str | None,
+    layout: str | None,
     runtime_config: RuntimeConfig,
     **kwargs: Any,
 ) -> Qwen3MoeForCausalLM:
@@ -59,6 +61,8 @@ def load_pretrained(
         raise ValueError(f"[quantize] expected one of {QUANTIZE}, got {quantize!r}")
     if lm_head not in LM_HEAD:
         raise ValueError(f"[lm_head] expected one of {LM_HEAD}, got {lm_head!r}")
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"[layout] expected None or one of {LAYOUTS}, got {layout!r}")
     start = time.perf_counter()
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     # The dtype is settled first: a configuration would take it for its own attribute.
@@ -68,16 +72,17 @@ def load_pretrained(
     runtime_config.warn_without_effect(device)
     gguf_file = find_gguf_file(name_or_path, kwargs.pop("gguf_file", None), hub)
     with PeakMemory() as memory:
-        settings = {"device": device, "activation": activation, "quantize": quantize}
+        settings: dict[str, Any] = {"device": device, "activation": activation, "quantize": quantize}
         dtypes = (torch_dtype, dtype_argument)
         if gguf_file is not None:
-            if lm_head is not None:
-                raise ValueError(f"[lm_head] expected None for a GGUF file, got {lm_head!r}")
+            for name, value in (("lm_head", lm_head), ("layout", layout)):
+                if value is not None:
+                    raise ValueError(f"[{name}] expected None for a GGUF file, got {value!r}")
             planned = plan_gguf(gguf_file, config, kwargs, dtypes, **settings)
         else:
             directory = find_directory(name_or_path, hub)
-            trace = runtime_config.moe_load_trace
-            planned = plan_safetensors(directory, config, kwargs, dtypes, trace=trace, lm_head=lm_head, **settings)
+            settings |= {"lm_head": lm_head, "layout": layout, "runtime": runtime_config}
+            planned = plan_safetensors(directory, config, kwargs, dtypes, **settings)
         for message in planned.plan.report.warnings:
             warnings.warn(message, stacklevel=4)
         planned.config.quantization_config = {
@@ -136,7 +141,8 @@ def plan_safetensors(
     activation: str,
     quantize: str | None,
     lm_head: str | None,
-    trace: bool,
+    layout: str | None,
+    runtime: RuntimeConfig,
 ) -> Planned:
     if config is None:  # as in transformers, names of its attributes among the arguments change it
         config, arguments = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **arguments)
@@ -155,7 +161,8 @@ def plan_safetensors(
         activation=activation,
         quantize=quantize,
         lm_head=lm_head,
-        trace=trace,
+        layout=layout,
+        runtime=runtime,
     ).plan()
     generation = None
     if (directory / "generation_config.json").exists():

@@ -250,6 +250,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         activation: str = "int8",
         quantize: str | None = None,
         lm_head: str | None = None,
+        layout: str | None = None,
         runtime_config: RuntimeConfig | None = None,
         **kwargs: Any,
     ) -> Qwen3MoeForCausalLM:
@@ -264,6 +265,9 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
                 groups of 128); None leaves them dense.
             lm_head: on a CPU, "int8" or "int4" rounds a dense lm_head while loading (to nearest, groups of 128): every
                 token reads a half or a quarter of what bfloat16 takes. Saved dense again, with the rounded values.
+            layout: of the quantised weights: "marlin" (tensor cores; a reference elsewhere), "gptq" (as on disk),
+                "int4_cpu" or "dense"; None picks the device's own, marlin on CUDA and int4_cpu on the CPU. What a
+                layout has no form for takes another one, and a warning says why.
             runtime_config: the knobs of this model, kept as `model.runtime_config`; None takes them from FERRUM_*
                 variables.
             kwargs: as in transformers: `dtype` (of the activations), `device_map`, `attn_implementation`, `config`, ...
@@ -282,6 +286,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             activation=check_activation(activation),
             quantize=quantize,
             lm_head=lm_head,
+            layout=layout,
             runtime_config=RuntimeConfig() if runtime_config is None else runtime_config,
             **kwargs,
         )

@@ -6,8 +6,7 @@ asked for (LazyTensor), so that loading holds the packed model and one layer's w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,7 +17,8 @@ from transformers import Qwen3MoeConfig
 
 from ferrum_models.checkpoint import Checkpoint, CheckpointError, LazyGroup, LazyTensor
 from ferrum_models.moe.weights import GptqExpertWeights, Int4ExpertWeights
-from ferrum_models.quantization.layout import pick_layout
+from ferrum_models.quantization.layout import LayoutChoice, WeightFormat, pick_layout
+from ferrum_models.quantization.marlin_modules import PackedModule, marlin_experts, marlin_linear
 from ferrum_models.quantization.modules import (
     ConcatLinear,
     DenseLinear,
@@ -37,11 +37,16 @@ from ferrum_models.quantization.sources import (
     Int4Tensors,
     LinearSource,
     QuantizedSource,
+    Shapes,
+    bias_of,
     common_group_size,
     find_source,
+    in_parallel,
+    same_order,
 )
 from ferrum_models.qwen3_moe.modeling import is_sparse_layer
 from ferrum_models.report import LoadReport, ModuleReport, traced
+from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.formats import int8
 
 #: Tensors older writers store and no model needs.
@@ -76,12 +81,15 @@ class Planner:
         activation: str,
         quantize: str | None,
         lm_head: str | None,
-        trace: bool = False,
+        layout: str | None,
+        runtime: RuntimeConfig,
     ) -> None:
         self.config, self.checkpoint, self.settings = config, checkpoint, settings
         self.dtype, self.device, self.activation, self.quantize = dtype, device, activation, quantize
         self.lm_head_format = lm_head  # "int8" or "int4": rounded while loading
-        self.trace = trace  # log every module as it is packed
+        self.runtime = runtime
+        self.requested = "gptq" if layout is None and runtime.triton_int4 and device.type == "cuda" else layout
+        self.reasons: dict[str, list[str]] = {}  # why modules did not get the layout they were meant to have
         self.used: set[str] = set()
         self.result = Plan()
 
@@ -166,12 +174,17 @@ class Planner:
 
     def linear(self, path: str, sources: list[LinearSource]) -> None:
         """One module for one or more linears of the same input, fused where their formats allow it."""
-        if all(isinstance(s, DenseSource) or self.layout([s]) == "dense" for s in sources):
+        if all(isinstance(s, DenseSource) or self.layout([s]).layout == "dense" for s in sources):
+            self.note(path, self.layout(sources))
             self.dense_linear(path, sources)
             return
         quantized = [s for s in sources if isinstance(s, QuantizedSource)]
-        if len(quantized) == len(sources) and self.layout(quantized) == "int4_cpu" and _share_packing(quantized):
+        choice = self.layout(sources)
+        if choice.layout == "int4_cpu" and same_order(quantized) and _whole_tiles(quantized):
             self.int4_linear(path, quantized)
+            return
+        if choice.layout == "marlin" and same_order(quantized):
+            self.add_packed(path, "marlin", quantized, marlin_linear(quantized, self.device, self.dtype, self.runtime))
             return
         if len(sources) > 1:
             self.result.modules[path] = lambda: ConcatLinear([nn.Identity() for _ in sources])
@@ -179,20 +192,34 @@ class Planner:
                 self.linear(f"{path}.parts.{i}", [source])
             return
         (source,) = sources
-        assert isinstance(source, GptqSource)
+        assert isinstance(source, QuantizedSource)
+        self.note(path, choice)
         self.gptq_linear(path, source)
 
-    def layout(self, sources: list[Any]) -> str:
+    def layout(self, sources: Sequence[LinearSource]) -> LayoutChoice:
         """The one layout of sources that are packed together."""
-        if not all(isinstance(s, QuantizedSource) for s in sources):
-            return "dense"
-        group_size = common_group_size(sources)
-        bits = {s.bits for s in sources}
-        return pick_layout(bits.pop(), group_size, self.device) if len(bits) == 1 else "dense"
+        quantized = [s for s in sources if isinstance(s, QuantizedSource)]
+        if len(quantized) < len(sources):
+            return LayoutChoice("dense")
+        weight = WeightFormat(
+            tuple(sorted({s.bits for s in quantized})), tuple(sorted({s.grouping for s in quantized})), self.dtype
+        )
+        shape = (sources[0].in_features, sum(s.out_features for s in sources))
+        return pick_layout(weight, self.device, shape, self.requested)
 
-    def add_group(self, path: str, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], build: Any) -> None:
-        group = LazyGroup(shapes, traced(path, build) if self.trace else build)
+    def note(self, path: str, choice: LayoutChoice) -> None:
+        """Remember why a module has the layout it has, for `summarize`."""
+        if choice.reason and choice.layout != "dense":  # dense ones have a warning of their own
+            self.reasons.setdefault(f"{choice.layout} layout: {choice.reason}", []).append(path)
+
+    def add_group(self, path: str, shapes: Shapes, build: Any) -> None:
+        group = LazyGroup(shapes, traced(path, build) if self.runtime.moe_load_trace else build)
         self.result.tensors.update({f"{path}.{name}": t for name, t in group.tensors().items()})
+
+    def add_packed(self, path: str, layout: str, sources: Sequence[LinearSource], packed: PackedModule) -> None:
+        self.result.modules[path] = packed.module
+        self.add_group(path, packed.shapes, packed.build)
+        self.add_report(path, layout, list(sources), _nbytes(packed.shapes))
 
     def add_report(self, path: str, layout: str, sources: list[LinearSource], nbytes: int) -> None:
         dense = sum(s.in_features * s.out_features for s in sources) * self.dtype.itemsize
@@ -212,7 +239,7 @@ class Planner:
         )
         if has_bias:
             self.result.tensors[f"{path}.bias"] = LazyTensor(
-                (out_features,), self.dtype, lambda: _bias(sources, self.dtype)
+                (out_features,), self.dtype, lambda: bias_of(sources, self.dtype)
             )
         self.note_dequantized(sources)
 
@@ -241,7 +268,7 @@ class Planner:
             if perm is not None:
                 tensors["perm"] = perm
             if has_bias:
-                tensors["bias"] = _bias(list(sources), self.dtype)
+                tensors["bias"] = bias_of(list(sources), self.dtype)
             return tensors
 
         def module() -> nn.Module:
@@ -260,9 +287,7 @@ class Planner:
             linear.saved = tuple(s.saved for s in sources)
             return linear
 
-        self.result.modules[path] = module
-        self.add_group(path, shapes, build)
-        self.add_report(path, "int4_cpu", list(sources), _nbytes(shapes))
+        self.add_packed(path, "int4_cpu", sources, PackedModule(shapes, build, module))
 
     def rounded_linear(self, path: str, source: LinearSource, weight_format: str) -> None:
         """A dense linear rounded to "int8" or "int4" while loading."""
@@ -303,7 +328,7 @@ class Planner:
         dense = in_features * out_features * self.dtype.itemsize
         self.result.report.modules.append(ModuleReport(path, f"{weight_format}_cpu", _nbytes(shapes), dense))
 
-    def gptq_linear(self, path: str, source: GptqSource) -> None:
+    def gptq_linear(self, path: str, source: QuantizedSource) -> None:
         shapes = source.shapes()
         if source.bias_name is not None:
             shapes["bias"] = ((source.out_features,), self.dtype)
@@ -326,9 +351,7 @@ class Planner:
             linear.saved = (source.saved,)
             return linear
 
-        self.result.modules[path] = module
-        self.add_group(path, shapes, build)
-        self.add_report(path, "gptq", [source], _nbytes(shapes))
+        self.add_packed(path, "gptq", [source], PackedModule(shapes, build, module))
 
     # Experts.
 
@@ -354,10 +377,21 @@ class Planner:
                     "experts without bias",
                     "a bias",
                 )
-        layouts = {self.layout([*gate, *up]), self.layout(down)}
+        self.packed_experts(path, gate, up, down)
+
+    def packed_experts(self, path: str, gate: list[Any], up: list[Any], down: list[Any]) -> None:
+        """The experts in the one layout that suits all their projections, the device's own, as on disk, or dense."""
+        choices = [self.layout([*gate, *up]), self.layout(down)]
+        layouts = {choice.layout for choice in choices}
+        choice = next((c for c in choices if c.reason), choices[0])
         if layouts == {"int4_cpu"} and _same_rows([*gate, *up]) and _same_rows(down):
             self.int4_experts(path, gate, up, down)
-        elif layouts == {"gptq"} and len({s.group_size for s in (*gate, *up, *down)}) == 1:
+        elif layouts == {"marlin"}:
+            sizes = (self.config.hidden_size, self.config.moe_intermediate_size, self.config.num_experts_per_tok)
+            packed = marlin_experts(gate, up, down, sizes, self.device, self.runtime)
+            self.add_packed(path, "marlin", [*gate, *up, *down], packed)
+        elif layouts <= {"gptq", "marlin"} and _same_tensors(gate, up, down):
+            self.note(path, choice)
             self.gptq_experts(path, gate, up, down)
         else:
             self.dense_experts(path, gate, up, down)
@@ -429,7 +463,7 @@ class Planner:
                     fill("w13", (e, slice(which, None, 2)), source.int4(perm, group13, zeros13))
                 fill("w2", e, down[e].int4(None if perms2 is None else perms2[e], group2, zeros2))
 
-            _in_parallel(one, count)
+            in_parallel(one, count)
             if perms13 is not None:
                 made["w13_perm"] = perms13
             if perms2 is not None:
@@ -457,11 +491,11 @@ class Planner:
             experts.saved = tuple(tuple(s.saved for s in sources) for sources in (gate, up, down))
             return experts
 
-        self.result.modules[path] = module
-        self.add_group(path, shapes, build)
-        self.add_report(path, "int4_cpu", [*gate, *up, *down], _nbytes(shapes))
+        self.add_packed(path, "int4_cpu", [*gate, *up, *down], PackedModule(shapes, build, module))
 
-    def gptq_experts(self, path: str, gate: list[GptqSource], up: list[GptqSource], down: list[GptqSource]) -> None:
+    def gptq_experts(
+        self, path: str, gate: list[QuantizedSource], up: list[QuantizedSource], down: list[QuantizedSource]
+    ) -> None:
         projections = {"gate": gate, "up": up, "down": down}
         shapes = {
             f"{name}_{part}": ((len(sources), *shape), dtype)
@@ -477,7 +511,7 @@ class Planner:
                     for part, tensor in sources[e].tensors().items():
                         made[f"{name}_{part}"][e] = tensor
 
-            _in_parallel(one, len(gate))
+            in_parallel(one, len(gate))
             return made
 
         def module() -> nn.Module:
@@ -486,9 +520,7 @@ class Planner:
             experts.saved = tuple(tuple(s.saved for s in sources) for sources in (gate, up, down))
             return experts
 
-        self.result.modules[path] = module
-        self.add_group(path, shapes, build)
-        self.add_report(path, "gptq", [*gate, *up, *down], _nbytes(shapes))
+        self.add_packed(path, "gptq", [*gate, *up, *down], PackedModule(shapes, build, module))
 
     # What is left.
 
@@ -505,7 +537,9 @@ class Planner:
                 )
 
     def summarize(self) -> None:
-        """One warning for weights that are quantised on disk and dense in memory, with what that costs."""
+        """A warning for layouts that were not meant, and one for weights that are quantised on disk only."""
+        for reason, paths in self.reasons.items():
+            self.result.report.warnings.append(f"[load] {len(paths)} modules ({paths[0]}, ...) have the {reason}")
         by_bits: dict[int, list[GptqSource]] = {}
         for source in self.result.dequantized:
             assert isinstance(source, GptqSource)
@@ -521,15 +555,16 @@ class Planner:
             )
 
 
-def _share_packing(sources: list[QuantizedSource]) -> bool:
-    """Whether linears can stand side by side in one packed tensor: one row order, whole tiles before the last."""
-    first = sources[0].perm
-    for source in sources[1:]:
-        if (source.perm is None) != (first is None):
-            return False
-        if source.perm is not None and first is not None and not torch.equal(source.perm, first):
-            return False
+def _whole_tiles(sources: Sequence[QuantizedSource]) -> bool:
+    """Whether every linear but the last fills whole tiles of the CPU layout."""
     return all(source.out_features % 16 == 0 for source in sources[:-1])
+
+
+def _same_tensors(*projections: list[QuantizedSource]) -> bool:
+    """Whether the on-disk tensors of each projection can be stacked, and all have one meaning."""
+    sources = [source for experts in projections for source in experts]
+    one_meaning = len({(s.bits, s.zero_offset) for s in sources}) == 1
+    return one_meaning and all(s.shapes() == experts[0].shapes() for experts in projections for s in experts)
 
 
 def _rows(source: QuantizedSource) -> int:
@@ -562,10 +597,10 @@ def _stack_perms(projections: list[list[QuantizedSource]]) -> torch.Tensor | Non
 
 def _int4_shapes(
     prefix: str, lead: tuple[int, ...], tiles: int, rows: int, group_size: int, with_zeros: bool
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+) -> Shapes:
     groups = -(-rows // group_size)
     names = ("packed", "scales", "zeros") if not prefix else (prefix, f"{prefix}_scales", f"{prefix}_zeros")
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    shapes: Shapes = {
         names[0]: ((*lead, tiles, -(-rows // 8), 64), torch.uint8),
         names[1]: ((*lead, tiles, groups, 16), torch.float16),
     }
@@ -574,20 +609,8 @@ def _int4_shapes(
     return shapes
 
 
-def _nbytes(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+def _nbytes(shapes: Shapes) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-
-
-def _bias(sources: list[Any], dtype: torch.dtype) -> torch.Tensor:
-    biases = [s.bias(dtype) for s in sources]
-    return torch.cat([torch.zeros(s.out_features, dtype=dtype) if b is None else b for s, b in zip(sources, biases)])
-
-
-def _in_parallel(work: Callable[[int], None], count: int) -> None:
-    """`work(0) ... work(count - 1)` on as many threads as torch computes with; the first exception is raised."""
-    with ThreadPoolExecutor(max_workers=max(1, min(torch.get_num_threads(), count))) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
 
 
 def _ranges(found: set[int]) -> str:

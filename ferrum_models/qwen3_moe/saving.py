@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 import ferrum_ops
+from ferrum_models.moe.marlin import MarlinExpertWeights
 from ferrum_models.moe.weights import DenseExpertWeights, GgufExpertWeights, GptqExpertWeights, Int4ExpertWeights
-from ferrum_models.quantization.modules import ConcatLinear, GptqLinear, Int4Linear, PackedExperts
+from ferrum_models.quantization.marlin import Codes, MarlinShape, split
+from ferrum_models.quantization.modules import ConcatLinear, GptqLinear, Int4Linear, MarlinLinear, PackedExperts
 from ferrum_models.quantization.sources import Int4Tensors, SavedLinear, unpack_int4
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding
 from ferrum_models.qwen3_moe.modeling import MLP, DecoderLayer, Qwen3MoeForCausalLM, SparseMoeBlock
@@ -67,6 +69,8 @@ def linear_tensors(module: nn.Module, parts: dict[str, int]) -> Tensors:
         return tensors
     if isinstance(module, Int4Linear):
         return _int4_linear_tensors(module)
+    if isinstance(module, MarlinLinear):
+        return _marlin_linear_tensors(module)
     if isinstance(module, GptqLinear):
         return _gptq_tensors(module.saved[0], {part: getattr(module, part) for part in _GPTQ_PARTS}, module.bias)
     tensors = {}
@@ -109,6 +113,20 @@ def _int4_linear_tensors(module: Int4Linear) -> Tensors:
     return tensors
 
 
+def _marlin_linear_tensors(module: MarlinLinear) -> Tensors:
+    tensors: Tensors = {}
+    codes = module.shape.unpack(module.packed, module.scales, module.zeros, module.perm)
+    start = 0
+    for saved in module.saved:
+        columns = slice(start, start + saved.out_features)
+        zeros = None if codes.zeros is None else codes.zeros[:, columns]
+        part = Codes(codes.qweight[:, columns], codes.scales[:, columns], zeros)
+        bias = None if module.bias is None else module.bias[columns]
+        tensors |= _gptq_tensors(saved, module.shape.restore(part, module.perm, saved), bias)
+        start += saved.out_features
+    return tensors
+
+
 def expert_tensors(module: nn.Module, path: str, dtype: torch.dtype) -> Tensors:
     """Per-expert tensors of one layer's experts; `dtype` is that of GGUF blocks, which are saved dense."""
     weights = module.weights
@@ -123,6 +141,12 @@ def expert_tensors(module: nn.Module, path: str, dtype: torch.dtype) -> Tensors:
         return tensors
     assert isinstance(module, PackedExperts)
     gate_saved, up_saved, down_saved = module.saved
+    if isinstance(weights, MarlinExpertWeights):
+        for e in range(weights.num_experts):
+            saved_of = {"gate": gate_saved[e], "up": up_saved[e], "down": down_saved[e]}
+            for name, parts in _marlin_expert_parts(weights, e, module.shapes, saved_of).items():
+                tensors |= _gptq_tensors(saved_of[name], parts, None)
+        return tensors
     for e in range(weights.num_experts):
         for name, saved in (("gate", gate_saved[e]), ("up", up_saved[e]), ("down", down_saved[e])):
             if isinstance(weights, GptqExpertWeights):
@@ -151,6 +175,22 @@ def _int4_expert_parts(weights: Int4ExpertWeights, e: int, name: str, saved: Sav
     perms = weights.w13_perm
     perm = None if perms is None else perms[e, min(which, perms.shape[1] - 1)]
     return unpack_int4(part, perm, saved, weights.w13_group_size)
+
+
+def _marlin_expert_parts(
+    weights: MarlinExpertWeights, e: int, shapes: tuple[MarlinShape, MarlinShape], saved: dict[str, SavedLinear]
+) -> dict[str, Tensors]:
+    """On-disk tensors of gate, up and down of one expert."""
+    shape13, shape2 = shapes
+    parts13 = [weights.matrix("w13", (part, e)) for part in range(weights.w13.shape[0])]
+    codes = [shape13.unpack(*matrix) for matrix in parts13]
+    gate, up = split(codes[0]) if len(codes) == 1 else codes
+    matrix2 = weights.matrix("w2", (e,))
+    return {
+        "gate": shape13.restore(gate, parts13[0][3], saved["gate"]),
+        "up": shape13.restore(up, parts13[-1][3], saved["up"]),
+        "down": shape2.restore(shape2.unpack(*matrix2), matrix2[3], saved["down"]),
+    }
 
 
 def dense_state_dict(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Tensors:

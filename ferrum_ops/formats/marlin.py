@@ -282,12 +282,12 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     op: str = "marlin",
 ) -> torch.Tensor:
-    """Weights `[packed rows, N]` of one matrix, rows in their packed order: `(code - zero) * scale`.
+    """Weights `[..., packed rows, N]` of a matrix or a stack, rows in their packed order: `(code - zero) * scale`.
 
     Args:
-        packed: int32 `[packed rows/16, N*bits/2]`, from `repack`.
-        scales: floating `[G, N]`, from `permute_scales`; packed row j is of group `j // group_size`.
-        zeros: int32 `[G, N*bits/32]`, from `repack_zeros`; None: `2**(bits - 1)`.
+        packed: int32 `[..., packed rows/16, N*bits/2]`, from `repack`.
+        scales: floating `[..., G, N]`, from `permute_scales`; packed row j is of group `j // group_size`.
+        zeros: int32 `[..., G, N*bits/32]`, from `repack_zeros`; None: `2**(bits - 1)`.
         group_size: -1 for one group.
         dtype: of the result and of the arithmetic.
 
@@ -297,9 +297,9 @@ def dequantize(
     check_sizes(op, rows, columns, bits)
     check_words(op, "packed", packed, (rows // TILE_ROWS, columns * bits // 2))
     group = torch.arange(rows, device=packed.device) // max(gptq.effective_group_size(rows, group_size), 1)
-    scale = unpermute_scales(scales, rows, group_size, op).to(dtype)[group]
+    scale = unpermute_scales(scales, rows, group_size, op).to(dtype)[..., group, :]
     codes = _untile(packed, bits).to(dtype)
-    zero = 2 ** (bits - 1) if zeros is None else unpack_zeros(zeros, bits).to(dtype)[group]
+    zero = 2 ** (bits - 1) if zeros is None else unpack_zeros(zeros, bits).to(dtype)[..., group, :]
     return (codes - zero) * scale
 
 

@@ -5,9 +5,8 @@ import torch
 from expecttest import assert_expected_inline
 
 from ferrum_models import LoadReport, Qwen3MoeForCausalLM
-from ferrum_models.quantization.layout import pick_layout
-from ferrum_models.quantization.modules import DENSE_BFLOAT16_ROWS, GptqLinear
-from ferrum_models.qwen3_moe import planner
+from ferrum_models.quantization.layout import WeightFormat, marlin_group_size, pick_layout
+from ferrum_models.quantization.modules import DENSE_BFLOAT16_ROWS, DENSE_CUDA_ROWS, GptqLinear, multiplies_words
 from ferrum_models.report import ModuleReport
 from ferrum_ops.formats import gptq
 from ferrum_ops.ops.gptq import random_projection
@@ -16,49 +15,91 @@ from tests.models.make_checkpoint import Recipe, make_checkpoint, read_tensors
 from tests.models.test_loading import IDS, check_logits
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FLOAT, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    "bits, group_size, device, layout",
+    "bits, group_sizes, device, dtype, requested, expected",
     [
-        (4, 128, CPU, "int4_cpu"),
-        (4, 8, CPU, "int4_cpu"),
-        (4, None, CPU, "dense"),
-        (4, 128, CUDA, "gptq"),
-        (4, None, CUDA, "gptq"),
-        (8, 128, CPU, "dense"),
-        (3, 128, CUDA, "dense"),
+        # The CPU's own layout, or dense.
+        ((4,), (128,), CPU, FLOAT, None, "int4_cpu"),
+        ((4,), (8,), CPU, FLOAT, None, "int4_cpu"),
+        ((4,), (-1,), CPU, FLOAT, None, "int4_cpu"),
+        ((4,), (32, 64), CPU, FLOAT, None, "int4_cpu"),
+        ((4,), (12,), CPU, FLOAT, None, "dense: groups of 12 rows"),
+        ((8,), (128,), CPU, FLOAT, None, "dense: 8-bit codes"),
+        # Marlin on CUDA, or the layout on disk.
+        ((4,), (128,), CUDA, BF16, None, "marlin"),
+        ((8,), (32,), CUDA, torch.float16, None, "marlin"),
+        ((4,), (-1,), CUDA, BF16, None, "marlin"),
+        ((4,), (256,), CUDA, BF16, None, "marlin"),
+        ((4,), (32, 64, -1), CUDA, BF16, None, "marlin"),
+        ((4,), (24,), CUDA, BF16, None, "gptq: Marlin has groups of 128 or 64 or 32 rows or one group, not of 24"),
+        ((3,), (128,), CUDA, BF16, None, "gptq: Marlin has 4 or 8 bits, not 3"),
+        ((4,), (128,), CUDA, FLOAT, None, "gptq: Marlin has float16 and bfloat16 activations, not float32"),
+        ((4, 8), (128,), CUDA, BF16, None, "dense: 4 or 8 bits side by side"),
+        # On request.
+        ((4,), (128,), CPU, FLOAT, "marlin", "marlin"),
+        ((2,), (128,), CPU, FLOAT, "marlin", "gptq: Marlin has 4 or 8 bits, not 2"),
+        ((4,), (128,), CUDA, BF16, "gptq", "gptq"),
+        ((2,), (24,), CPU, FLOAT, "gptq", "gptq"),
+        ((4,), (128,), CUDA, BF16, "dense", "dense"),
+        ((4,), (128,), CUDA, BF16, "int4_cpu", "int4_cpu"),
+        # A device without a layout of its own.
+        ((4,), (128,), torch.device("mps"), FLOAT, None, "gptq"),
     ],
 )
-def test_pick_layout(bits, group_size, device, layout):
-    assert pick_layout(bits, group_size, device) == layout
+def test_pick_layout(bits, group_sizes, device, dtype, requested, expected):
+    choice = pick_layout(WeightFormat(bits, group_sizes, dtype), device, (512, 64), requested)
+    assert ": ".join(filter(None, (choice.layout, choice.reason))) == expected
 
 
-@pytest.fixture
-def gptq_everywhere(monkeypatch):
-    """What a device without packed kernels gets, on the CPU so that it can run here."""
-    monkeypatch.setattr(planner, "pick_layout", lambda bits, group_size, device: pick_layout(bits, group_size, CUDA))
+@pytest.mark.parametrize(
+    "group_sizes, size",
+    [((128,), 128), ((256,), 128), ((96,), 32), ((64, 192), 64), ((-1,), -1), ((-1, 64), 64), ((48,), None)],
+)
+def test_marlin_group_size(group_sizes, size):
+    assert marlin_group_size(group_sizes) == size
+
+
+def load(directory, **kwargs):
+    return Qwen3MoeForCausalLM.from_pretrained(directory, dtype=torch.float32, **kwargs)
+
+
+def test_unknown_layout(tmp_path):
+    with pytest.raises(ValueError, match=r"\[layout\] expected None or one of .*'marlin'.*, got 'awq'"):
+        load(tmp_path, layout="awq")
 
 
 @pytest.mark.parametrize("implementation", ["fused", "bucketed", "per_pair"])
-def test_gptq_layout(implementation, gptq_everywhere, tmp_path):
-    oracle = make_checkpoint(tmp_path, Recipe(sym=False, act_order="all", config={"attention_bias": True}))
-    model = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, moe_implementation=implementation)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_layout(bits, implementation, tmp_path):
+    config = {"attention_bias": True, "moe_intermediate_size": 64}
+    oracle = make_checkpoint(tmp_path, Recipe(bits=bits, sym=False, act_order="all", config=config))
+    model = load(tmp_path, moe_implementation=implementation, layout="gptq")
     assert {m.layout for m in model.load_report.modules} == {"gptq"}
     check_logits(model, oracle)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(write_g_idx=False), Recipe(act_order="all"), Recipe(zero_bias=True)])
-def test_gptq_layout_saves_the_original_bits(recipe, gptq_everywhere, tmp_path):
+@pytest.mark.parametrize(
+    "recipe", [Recipe(write_g_idx=False, group_size=-1), Recipe(act_order="all"), Recipe(zero_bias=True)]
+)
+def test_gptq_layout_saves_the_original_bits(recipe, tmp_path):
     make_checkpoint(tmp_path / "original", recipe)
-    model = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32)
+    model = load(tmp_path / "original", layout="gptq")
+    assert {m.layout for m in model.load_report.modules} == {"gptq"}
     model.save_pretrained(tmp_path / "saved")
     original, saved = read_tensors(tmp_path / "original"), read_tensors(tmp_path / "saved")
     assert original.keys() == saved.keys()
     assert all(torch.equal(saved[key], tensor) for key, tensor in original.items())
-    assert torch.equal(
-        Qwen3MoeForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)(IDS).logits, model(IDS).logits
-    )
+    assert torch.equal(load(tmp_path / "saved", layout="gptq")(IDS).logits, model(IDS).logits)
+
+
+def test_gptq_layout_of_weights_rounded_while_loading(tmp_path):
+    make_checkpoint(tmp_path, Recipe(quantized=False))
+    packed, on_disk = (load(tmp_path, quantize="int4", activation="full", layout=name) for name in (None, "gptq"))
+    assert {m.layout for m in on_disk.load_report.modules} == {"gptq"}
+    assert_close("int4_linear", on_disk(IDS).logits, packed(IDS).logits, bound=1e-4)
 
 
 def test_load_report(tmp_path):
@@ -121,3 +162,17 @@ def test_gptq_linear_is_right_whichever_way_it_multiplies(dtype, rows):
     weight = gptq.dequantize(tensors[0], tensors[1], tensors[2].double(), g_idx, 4, 1)
     # Dequantised weights are rounded to bfloat16 once more.
     assert_close("gptq_gemm", linear(x), x.double() @ weight + bias.double(), 2 * tolerance("gptq_gemm", dtype))
+
+
+@pytest.mark.parametrize(
+    "rows, dtype, device, expected",
+    [
+        (DENSE_BFLOAT16_ROWS, BF16, "cpu", False),
+        (DENSE_BFLOAT16_ROWS, FLOAT, "cpu", True),
+        (DENSE_CUDA_ROWS - 1, BF16, "cuda", True),
+        (DENSE_CUDA_ROWS, BF16, "cuda", False),
+        (1, BF16, "mps", False),
+    ],
+)
+def test_the_faster_way_to_multiply(rows, dtype, device, expected):
+    assert multiplies_words(rows, dtype, device) is expected

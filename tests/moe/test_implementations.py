@@ -1,22 +1,29 @@
 """The three implementations agree at pinned routing, in every layout and at every routing that is easy to get wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ferrum_ops
 from ferrum_models.moe import (
     IMPLEMENTATIONS,
     DenseExpertWeights,
     ExpertWeights,
+    FusedConfig,
     GptqExpertWeights,
     Int4ExpertWeights,
+    MarlinExpertWeights,
     build_device_plan,
     build_host_plan,
+    pick_fused_config,
     pick_moe_block_size,
     profile,
     run_experts,
 )
-from ferrum_ops.formats import gptq, int4
+from ferrum_ops.formats import gptq, int4, marlin
 from ferrum_ops.testing.compare import assert_close, relative_error
 
 E, K, H, I, GROUP = 6, 2, 48, 40, 16
@@ -68,6 +75,39 @@ def make_int4(weights: GptqExpertWeights, activation: str) -> Int4ExpertWeights:
     )
 
 
+def make_marlin(weights: GptqExpertWeights, **settings) -> MarlinExpertWeights:
+    """Groups of 16, which no checkpoint gets in this layout, but the ops have: the sizes of the other layouts."""
+
+    def pack(name, in_features, perm_rows):
+        parts = []
+        for e in range(E):
+            qweight, qzeros, scales, g_idx = (
+                getattr(weights, f"{name}_{part}")[e] for part in ("qweight", "qzeros", "scales", "g_idx")
+            )
+            columns = scales.shape[1]
+            pad = (0, 64 - columns)
+            perm = gptq.sort_groups(g_idx, in_features, GROUP)
+            zeros = gptq.pack_columns(F.pad(gptq.decode_zeros(qzeros, 4, columns, "gptq"), pad), 4)
+            parts.append(
+                (
+                    marlin.repack(F.pad(qweight, pad), perm, in_features, 64, 4),
+                    marlin.permute_scales(F.pad(scales, pad), perm_rows, GROUP),
+                    marlin.repack_zeros(zeros, 64, 4, 0),
+                    perm,
+                )
+            )
+        return [torch.stack(list(values)) for values in zip(*parts)]
+
+    # Orders of their own: gate and up are two matrices. I = 40 rows are three groups of 16.
+    halves = zip(pack("gate", H, H), pack("up", H, H))
+    w13 = [torch.stack(pair) for pair in halves]
+    sizes = {"hidden_size": H, "intermediate_size": I, "top_k": K, "w13_bits": 4, "w2_bits": 4}
+    groups = {"w13_group_size": GROUP, "w2_group_size": GROUP}
+    defaults = {"block_size": 0, "streams": 1}
+    constants = MarlinExpertWeights.make_constants(sizes | defaults | settings, torch.device("cpu"))
+    return MarlinExpertWeights(*w13, *pack("down", I, 48), **constants, **sizes, **groups, **settings)
+
+
 @pytest.fixture(scope="module")
 def layouts() -> dict[str, ExpertWeights]:
     torch.manual_seed(1)
@@ -77,10 +117,14 @@ def layouts() -> dict[str, ExpertWeights]:
         "dense": make_dense(weights),
         "int4-full": make_int4(weights, "full"),
         "int4-int8": make_int4(weights, "int8"),
+        "marlin": make_marlin(weights),
+        "marlin-rows": make_marlin(weights, pair_ids=False, block_size=8),
+        "marlin-dense": make_marlin(weights, grouped=False),
+        "marlin-host": make_marlin(weights, host_route=True, streams=3),
     }
 
 
-LAYOUTS = ("gptq", "dense", "int4-full", "int4-int8")
+LAYOUTS = ("gptq", "dense", "int4-full", "int4-int8", "marlin", "marlin-rows", "marlin-dense", "marlin-host")
 ROUTINGS = {
     "random": lambda: torch.stack([torch.randperm(E)[:K] for _ in range(23)]),
     "one-token": lambda: torch.tensor([[4, 1]]),
@@ -122,7 +166,7 @@ def test_matches_float64_oracle(name, layout, routing, layouts):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("layout", ("int4-full", "int4-int8"))
+@pytest.mark.parametrize("layout", ("int4-full", "int4-int8", "marlin"))
 @pytest.mark.parametrize("name", ("bucketed", "fused"))
 def test_packed_implementations_agree_closely(name, layout, routing, layouts):
     args = inputs(routing)
@@ -133,7 +177,7 @@ def test_packed_implementations_agree_closely(name, layout, routing, layouts):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("layout", ("int4-full", "dense"))
+@pytest.mark.parametrize("layout", ("int4-full", "dense", "marlin"))
 def test_low_precision_activations(name, layout, dtype, layouts):
     hidden, ids, topk_weights = inputs("random")
     hidden = hidden.to(dtype)
@@ -210,6 +254,57 @@ class TestBlockSize:
             pick_moe_block_size(10, override=24)
         with pytest.raises(ValueError, match=r"\[pick_moe_block_size\] large_m: expected one of .* got 7"):
             pick_moe_block_size(10, large_m=7)
+
+
+class TestFusedConfig:
+    """128 experts, top 8, bfloat16 unless said."""
+
+    def pick(self, tokens, dtype=torch.bfloat16, **settings):
+        return pick_fused_config(tokens, 8, 128, dtype, **settings)
+
+    @pytest.mark.parametrize("tokens", [0, 2, 8, 32, 128, 512, 8192])
+    def test_blocks(self, tokens):
+        assert self.pick(tokens) == FusedConfig("blocks", 16)
+
+    def test_one_token_needs_no_sorting(self):
+        assert self.pick(1) == FusedConfig("pairs", 8)
+        assert self.pick(1, override=16) == FusedConfig("pairs", 16)
+
+    def test_block_sizes_are_those_of_the_policy(self):
+        assert self.pick(512, override=48) == FusedConfig("blocks", 48)
+        assert self.pick(127, large_m=64) == FusedConfig("blocks", 16)
+        assert self.pick(128, large_m=64) == FusedConfig("blocks", 64)
+        assert self.pick(64, large_m=32, large_m_min_pairs=512) == FusedConfig("blocks", 32)
+
+    def test_many_rows_of_every_expert_are_worth_dequantising(self):
+        assert self.pick(32767) == FusedConfig("blocks", 16)
+        assert self.pick(32768) == FusedConfig("dense")
+        assert self.pick(32768, torch.float16) == FusedConfig("blocks", 16)
+        assert self.pick(16, dequantize_min_rows=1) == FusedConfig("dense")
+        assert self.pick(10**6, dequantize_min_rows=0) == FusedConfig("blocks", 16)
+
+    def test_without_grouped_products(self):
+        assert self.pick(1, torch.float32, grouped=False) == FusedConfig("dense")
+
+
+def test_dequantised_path_in_bfloat16(layouts):
+    hidden, ids, topk_weights = inputs("random")
+    weights = replace(layouts["marlin"], dequantize_min_rows=1)
+    got = weights.fused(hidden.bfloat16(), ids, topk_weights)
+    assert_close("moe_experts", got, oracle(hidden.bfloat16(), ids, topk_weights, layouts["dense"]), bound=3e-2)
+
+
+@pytest.mark.parametrize("layout", ["marlin", "marlin-rows", "marlin-dense"])
+def test_fused_reads_nothing_back(layout, layouts):
+    """Traced with tensors that have no values: reading one would raise."""
+    with FakeTensorMode() as mode:
+        weights = layouts[layout]
+        tensors = [t if t is None else mode.from_tensor(t) for t in weights.tensors()]
+        fake = ExpertWeights.rebuild(tensors, weights.spec())
+        for tokens in (1, 7):
+            hidden = torch.empty(tokens, H, dtype=torch.bfloat16)
+            ids = torch.empty(tokens, K, dtype=torch.int32)
+            assert fake.fused(hidden, ids, torch.empty(tokens, K)).shape == hidden.shape
 
 
 @pytest.mark.parametrize(
