@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +36,10 @@ SAFETENSORS_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
+#: Bytes of one call for advice, and bytes that are to wait in the system's cache: about two layers of a large model.
+ADVICE_BYTES = 512 << 10
+READ_AHEAD_BYTES = 768 << 20
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -47,8 +53,7 @@ class CheckpointError(ValueError):
         super().__init__(f"[load] {where}: expected {expected}, found {found}")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one tensor lies in its file."""
 
     file: Path
@@ -107,22 +112,24 @@ class Checkpoint:
             names = {str(name): str(file) for name, file in weight_map.items()}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(index, None, "JSON with a weight_map of names to files", repr(error)) from error
-        files: dict[Path, set[str] | None] = {}
-        root = self.directory.resolve()
+        shards: dict[str, set[str]] = {}
         for name, file in names.items():
-            # Compared without following links in the last step: shared caches link the files themselves elsewhere.
-            relative = Path(file)
-            if relative.is_absolute() or ".." in relative.parts or not (root / relative).parent.is_relative_to(root):
-                raise CheckpointError(index, name, "a file inside the checkpoint's directory", repr(file))
-            path = self.directory / relative
-            if path not in files:
-                if not path.exists():
-                    raise CheckpointError(index, name, f"the file {file}", "no such file")
-                files[path] = set()
-            shard = files[path]
-            assert shard is not None
-            shard.add(name)
+            if file not in shards:
+                self._check_shard(index, name, file)
+                shards[file] = set()
+            shards[file].add(name)
+        files: dict[Path, set[str] | None] = {}
+        for file, content in shards.items():  # "a" and "./a" are one file
+            files[self.directory / file] = content | (files.get(self.directory / file) or set())
         return files
+
+    def _check_shard(self, index: Path, name: str, file: str) -> None:
+        relative, root = Path(file), self.directory.resolve()
+        # Compared without following links in the last step: shared caches link the files themselves elsewhere.
+        if relative.is_absolute() or ".." in relative.parts or not (root / relative).parent.is_relative_to(root):
+            raise CheckpointError(index, name, "a file inside the checkpoint's directory", repr(file))
+        if not (self.directory / relative).exists():
+            raise CheckpointError(index, name, f"the file {file}", "no such file")
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -157,16 +164,55 @@ class Checkpoint:
         try:
             yield flat.view(entry.shape)
         finally:
-            # Give back the pages that belong to this tensor alone, so that loading holds one copy of a model, not two.
-            page = mmap.PAGESIZE
-            first, last = -(-entry.start // page) * page, (entry.start + entry.nbytes) // page * page
-            if last > first and hasattr(mmap, "MADV_DONTNEED"):
-                mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+            _give_back(mapping, entry)
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of the tensor in ordinary memory."""
         with self.mapped(name) as tensor:
             return tensor.clone()
+
+    def holds(self, name: str, content: bytes) -> bool:
+        """Whether the tensor's bytes are `content`: far cheaper than a tensor, for a test of many small ones."""
+        entry = self.entries[name]
+        if entry.nbytes == 0 or entry.nbytes != len(content):
+            return entry.nbytes == len(content)
+        mapping = self._map(entry.file)
+        same = mapping[entry.start : entry.start + entry.nbytes] == content
+        _give_back(mapping, entry)
+        return same
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Ask the system to read these tensors into its cache, many at a time, without waiting for them."""
+        self._advise(names, "POSIX_FADV_WILLNEED")
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let these tensors leave the system's cache, where it cannot hold the files beside the model anyway.
+
+        Otherwise every page of the model would first have to be won back from a full cache, and huge pages, which
+        must be whole, would be hard to find.
+        """
+        if not self._cacheable:
+            self._advise(names, "POSIX_FADV_DONTNEED")
+
+    @cached_property
+    def _cacheable(self) -> bool:
+        """Whether memory holds the files and a model of about their size."""
+        nbytes = sum(entry.nbytes for entry in self.entries.values())
+        return 2 * nbytes < os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+
+    def _advise(self, names: Iterable[str], advice: str) -> None:
+        if not hasattr(os, advice):
+            return
+        by_file: dict[Path, list[Entry]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].file, []).append(self.entries[name])
+        for file, entries in by_file.items():
+            with file.open("rb") as handle:
+                for start, stop in _runs(entries):
+                    # Linux reads at most a device's request per call.
+                    for first in range(start, stop, ADVICE_BYTES):
+                        size = min(ADVICE_BYTES, stop - first)
+                        os.posix_fadvise(handle.fileno(), first, size, getattr(os, advice))
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
@@ -174,6 +220,68 @@ class Checkpoint:
                 # A private mapping: torch wants a writable buffer, nothing is ever written.
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
+
+
+def _give_back(mapping: mmap.mmap, entry: Entry) -> None:
+    """Drop the pages that belong to this tensor alone, so that loading holds one copy of a model, not two."""
+    page = mmap.PAGESIZE
+    first, last = -(-entry.start // page) * page, (entry.start + entry.nbytes) // page * page
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _runs(entries: list[Entry]) -> Iterator[tuple[int, int]]:
+    """First byte and the byte behind the last of each run of tensors without a gap of a page."""
+    start = stop = -1
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        if start < 0 or entry.start > stop + mmap.PAGESIZE:
+            if start >= 0:
+                yield start, stop
+            start = entry.start
+        stop = entry.start + entry.nbytes
+    if start >= 0:
+        yield start, stop
+
+
+class ReadAhead:
+    """Keeps the disk busy while weights are packed: when one module's turn comes, the next ones' files are read.
+
+    Modules are built about in the order in which they were added; in another order nothing is lost but the time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ahead: int = READ_AHEAD_BYTES) -> None:
+        self._checkpoint, self._ahead = checkpoint, ahead
+        self._modules: list[tuple[list[str], int]] = []  # names of the tensors of each, and their bytes
+        self._asked: set[int] = set()  # modules that are on their way
+        self._lock = threading.Lock()
+        self._reader = ThreadPoolExecutor(max_workers=1)
+
+    def before(self, names: list[str], build: Callable[[], Any]) -> Callable[[], Any]:
+        """`build`, which reads the tensors `names`, made to read ahead for those that follow."""
+        index = len(self._modules)
+        self._modules.append((names, sum(self._checkpoint.entries[name].nbytes for name in names)))
+        if len(self._asked) == index:  # the first ones are read while the rest is planned
+            self._ask(0)
+
+        def build_and_read_ahead() -> Any:
+            self._ask(index)
+            built = build()
+            self._checkpoint.forget(names)
+            return built
+
+        return build_and_read_ahead
+
+    def _ask(self, index: int) -> None:
+        """Have module `index` and as many after it as fill `ahead` bytes read, unless they have been."""
+        with self._lock:
+            nbytes = 0
+            for i in range(index, len(self._modules)):
+                if i > index and nbytes >= self._ahead:
+                    return
+                nbytes += self._modules[i][1]
+                if i not in self._asked:
+                    self._asked.add(i)
+                    self._reader.submit(self._checkpoint.read_ahead, self._modules[i][0])
 
 
 def _read_header(file: Path) -> dict[str, Entry]:

@@ -10,11 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 import ferrum_ops
+from ferrum_models import huge_pages
 from ferrum_models.checkpoint import Checkpoint, CheckpointError
 from ferrum_models.quantization.layout import cpu_group_size
 from ferrum_models.quantization.settings import GptqSettings
@@ -85,7 +87,7 @@ class DenseSource(LinearSource):
 
     def rounded(self, bits: int, group_size: int) -> dict[str, torch.Tensor]:
         """`packed` and `scales` of `RoundedLinear`. Rounded a run of columns at a time: a head is large."""
-        columns = 4096
+        columns = max(16, (1 << 20) // self.in_features // 16 * 16)  # 4 MB in fp32, which malloc uses again
         parts = []
         with self.checkpoint.mapped(f"{self.name}.weight") as weight:
             for part in weight.split(columns):
@@ -97,7 +99,7 @@ class DenseSource(LinearSource):
                     words = gptq.pack_rows(F.pad(codes, (0, 0, 0, -self.in_features % 8)), 4)
                     packed = ferrum_ops.int4_pack(words, None, self.in_features)
                 parts.append((packed, int4.pack_groups(scales)))
-        return {"packed": torch.cat([p for p, _ in parts]), "scales": torch.cat([s for _, s in parts])}
+        return {"packed": huge_pages.cat([p for p, _ in parts]), "scales": torch.cat([s for _, s in parts])}
 
 
 class QuantizedSource(LinearSource):
@@ -169,7 +171,7 @@ class GptqSource(QuantizedSource):
         self.tensor_names += [f"{name}.{part}" for part in ("qweight", "qzeros", "scales")]
         self.has_g_idx = f"{name}.g_idx" in checkpoint
         self.perm = self._read_perm()
-        self.asymmetric = bool((self.zeros() != 1 << (self.bits - 1)).any())
+        self.asymmetric = not self._usual_zeros() and bool((self.zeros() != 1 << (self.bits - 1)).any())
 
     def g_idx(self) -> torch.Tensor:
         """int32 [K]: the group of each row, as on disk or in order."""
@@ -183,6 +185,8 @@ class GptqSource(QuantizedSource):
         tensor = f"{self.name}.g_idx"
         entry = self.checkpoint.expect(tensor, (self.in_features,), (torch.int32,))
         self.tensor_names.append(tensor)
+        if self.checkpoint.holds(tensor, _rows_in_order(self.in_features, self.group_size)):
+            return None
         g_idx = self.g_idx()
         low, high = int(g_idx.min()), int(g_idx.max())
         if low < 0 or high >= self.groups:
@@ -191,6 +195,11 @@ class GptqSource(QuantizedSource):
         if perm is not None:  # groups of unequal length are padded to the longest
             self.group_size = perm.shape[0] // self.groups
         return perm
+
+    def _usual_zeros(self) -> bool:
+        """Whether qzeros are what writers store for symmetric weights. False says nothing: padding may differ."""
+        usual = _symmetric_zeros(self.groups, self.out_features, self.bits, self.checkpoint_format)
+        return self.checkpoint.holds(f"{self.name}.qzeros", usual)
 
     def zeros(self) -> torch.Tensor:
         """uint8 [G, N]: the zero points."""
@@ -346,6 +355,25 @@ class RoundedSource(QuantizedSource):
             self.tile(scales, group_size, perm),
             None if zeros is None else self.tile(zeros, group_size, perm),
         )
+
+
+# Nearly every projection of a checkpoint has the same g_idx and qzeros, and there are tens of thousands: compared as
+# bytes, so that only the others are decoded.
+
+
+@lru_cache(maxsize=16)
+def _rows_in_order(in_features: int, group_size: int) -> bytes:
+    return _bytes(torch.arange(in_features, dtype=torch.int32) // group_size)
+
+
+@lru_cache(maxsize=16)
+def _symmetric_zeros(groups: int, out_features: int, bits: int, checkpoint_format: str) -> bytes:
+    zeros = torch.full((groups, out_features), 1 << (bits - 1), dtype=torch.uint8)
+    return _bytes(gptq.encode_zeros(zeros, bits, checkpoint_format))
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
 
 
 def find_source(

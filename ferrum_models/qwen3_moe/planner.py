@@ -6,8 +6,9 @@ asked for (LazyTensor), so that loading holds the packed model and one layer's w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from transformers import Qwen3MoeConfig
 
-from ferrum_models.checkpoint import Checkpoint, CheckpointError, LazyGroup, LazyTensor
+from ferrum_models import huge_pages
+from ferrum_models.checkpoint import Checkpoint, CheckpointError, LazyGroup, LazyTensor, ReadAhead
 from ferrum_models.moe.weights import GptqExpertWeights, Int4ExpertWeights
 from ferrum_models.quantization.layout import LayoutChoice, WeightFormat, pick_layout
 from ferrum_models.quantization.marlin_modules import PackedModule, marlin_experts, marlin_linear
@@ -51,6 +53,9 @@ from ferrum_ops.formats import int8
 
 #: Tensors older writers store and no model needs.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
+
+#: Tensors whose values decide what is built.
+CHECKED_SUFFIXES = (".g_idx", ".qzeros", ".bias")
 
 
 @dataclass
@@ -91,10 +96,13 @@ class Planner:
         self.requested = "gptq" if layout is None and runtime.triton_int4 and device.type == "cuda" else layout
         self.reasons: dict[str, list[str]] = {}  # why modules did not get the layout they were meant to have
         self.used: set[str] = set()
+        self.read_ahead = ReadAhead(checkpoint)
         self.result = Plan()
 
     def plan(self) -> Plan:
         config = self.config
+        # Looked at below, tensor by tensor: tens of thousands of small reads, which a disk serves best at once.
+        self.checkpoint.read_ahead(name for name in self.checkpoint.entries if name.endswith(CHECKED_SUFFIXES))
         hidden = config.hidden_size
         head_dim = config.head_dim or hidden // config.num_attention_heads
         q_width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -212,13 +220,17 @@ class Planner:
         if choice.reason and choice.layout != "dense":  # dense ones have a warning of their own
             self.reasons.setdefault(f"{choice.layout} layout: {choice.reason}", []).append(path)
 
-    def add_group(self, path: str, shapes: Shapes, build: Any) -> None:
-        group = LazyGroup(shapes, traced(path, build) if self.runtime.moe_load_trace else build)
+    def add_group(
+        self, path: str, shapes: Shapes, sources: Sequence[LinearSource], build: Callable[[], dict[str, torch.Tensor]]
+    ) -> None:
+        build = traced(path, build) if self.runtime.moe_load_trace else build
+        build = self.read_ahead.before([name for source in sources for name in source.tensor_names], build)
+        group = LazyGroup(shapes, build)
         self.result.tensors.update({f"{path}.{name}": t for name, t in group.tensors().items()})
 
     def add_packed(self, path: str, layout: str, sources: Sequence[LinearSource], packed: PackedModule) -> None:
         self.result.modules[path] = packed.module
-        self.add_group(path, packed.shapes, packed.build)
+        self.add_group(path, packed.shapes, sources, packed.build)
         self.add_report(path, layout, list(sources), _nbytes(packed.shapes))
 
     def add_report(self, path: str, layout: str, sources: list[LinearSource], nbytes: int) -> None:
@@ -260,7 +272,7 @@ class Planner:
         def build() -> dict[str, torch.Tensor]:
             parts = [s.int4(perm, group_size, with_zeros) for s in sources]
             tensors = {
-                "packed": torch.cat([p.packed for p in parts]),
+                "packed": huge_pages.cat([p.packed for p in parts]),
                 "scales": torch.cat([p.scales for p in parts]),
             }
             if with_zeros:
@@ -323,7 +335,7 @@ class Planner:
             )
 
         self.result.modules[path] = module
-        self.add_group(path, shapes, build)
+        self.add_group(path, shapes, [source], build)
         # Saved dense, so it is no reason for a quantization_config: not among `packed`.
         dense = in_features * out_features * self.dtype.itemsize
         self.result.report.modules.append(ModuleReport(path, f"{weight_format}_cpu", _nbytes(shapes), dense))
@@ -396,13 +408,18 @@ class Planner:
         else:
             self.dense_experts(path, gate, up, down)
 
+    @cached_property
+    def expert_indices(self) -> dict[str, set[int]]:
+        """Path of each layer's experts -> the numbers that occur there."""
+        found: dict[str, set[int]] = {}
+        for name in self.checkpoint.entries:
+            path, experts, rest = name.rpartition(".experts.")
+            if experts and (index := rest.partition(".")[0]).isdecimal():
+                found.setdefault(f"{path}.experts", set()).add(int(index))
+        return found
+
     def check_expert_count(self, path: str) -> None:
-        prefix = path + "."
-        found = {
-            int(index)
-            for name in self.checkpoint.entries
-            if name.startswith(prefix) and (index := name[len(prefix) :].partition(".")[0]).isdecimal()
-        }
+        found = self.expert_indices.get(path, set())
         expected = self.config.num_experts
         if found != set(range(expected)):
             raise CheckpointError(
@@ -449,7 +466,7 @@ class Planner:
             shapes["w2_perm"] = (tuple(perms2.shape), torch.int32)
 
         def build() -> dict[str, torch.Tensor]:
-            made = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+            made = {name: huge_pages.empty(*shape) for name, shape in shapes.items()}
 
             def fill(prefix: str, index: Any, part: Int4Tensors) -> None:
                 made[prefix][index] = part.packed
