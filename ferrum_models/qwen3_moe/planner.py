@@ -31,6 +31,7 @@ from ferrum_models.quantization.modules import (
     meta,
 )
 from ferrum_models.quantization.quantizer import ModulePlans
+from ferrum_models.quantization.row_order import same_rows, stack_perms
 from ferrum_models.quantization.settings import GptqSettings
 from ferrum_models.quantization.sources import (
     FLOATS,
@@ -396,7 +397,7 @@ class Planner:
         choices = [self.layout([*gate, *up]), self.layout(down)]
         layouts = {choice.layout for choice in choices}
         choice = next((c for c in choices if c.reason), choices[0])
-        if layouts == {"int4_cpu"} and _same_rows([*gate, *up]) and _same_rows(down):
+        if layouts == {"int4_cpu"} and same_rows([*gate, *up]) and same_rows(down):
             self.int4_experts(path, gate, up, down)
         elif layouts == {"marlin"}:
             sizes = (self.config.hidden_size, self.config.moe_intermediate_size, self.config.num_experts_per_tok)
@@ -451,8 +452,8 @@ class Planner:
         count, hidden, width = len(gate), self.config.hidden_size, self.config.moe_intermediate_size
         group13, group2 = common_group_size([*gate, *up]), common_group_size(down)
         assert group13 is not None and group2 is not None
-        perms13 = _stack_perms([gate, up])
-        perms2 = _stack_perms([down])
+        perms13 = stack_perms([gate, up])
+        perms2 = stack_perms([down])
         zeros13, zeros2 = (any(s.asymmetric for s in group) for group in ([*gate, *up], down))
         rows13 = hidden if perms13 is None else perms13.shape[-1]
         rows2 = width if perms2 is None else perms2.shape[-1]
@@ -586,30 +587,6 @@ def _same_tensors(*projections: list[QuantizedSource]) -> bool:
 
 def _rows(source: QuantizedSource) -> int:
     return source.in_features if source.perm is None else source.perm.shape[0]
-
-
-def _same_rows(sources: list[Any]) -> bool:
-    """Whether all row orders are equally long, counting an order of its own as the rows themselves."""
-    lengths = {source.perm.shape[0] for source in sources if source.perm is not None}
-    return len(lengths) <= 1 and all(source.in_features <= min(lengths, default=1 << 62) for source in sources)
-
-
-def _stack_perms(projections: list[list[QuantizedSource]]) -> torch.Tensor | None:
-    """int32 `[E, P, rows]`, or None when every projection is in its own order. P is 1 if all projections agree."""
-    lengths = {s.perm.shape[0] for sources in projections for s in sources if s.perm is not None}
-    if not lengths:
-        return None
-    (rows,) = lengths
-
-    def order(source: QuantizedSource) -> torch.Tensor:
-        if source.perm is not None:
-            return source.perm
-        identity = torch.arange(rows, dtype=torch.int32)
-        return identity.masked_fill(identity >= source.in_features, -1)
-
-    perms = torch.stack([torch.stack([order(s) for s in experts]) for experts in zip(*projections)])
-    agree = all(torch.equal(perms[:, 0], perms[:, p]) for p in range(1, perms.shape[1]))
-    return perms[:, :1].contiguous() if agree else perms
 
 
 def _int4_shapes(
