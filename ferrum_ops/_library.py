@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _SHARED_LIBRARY = Path(__file__).with_name("_C.abi3.so")
 if not _SHARED_LIBRARY.exists():
@@ -56,14 +57,36 @@ def register(
     """Attach `ref` as the kernel of every device without one of its own, and `fake` for tracing.
 
     A `composite` op is its reference on every device. Tracing and autograd see the ATen ops inside, so it has no fake.
+    Where the library has a CUDA kernel of one all the same, that serves calls without either.
     The family is the stem of the module that calls this.
     """
     family = ref.__module__.rpartition(".")[2]
     key = "CompositeImplicitAutograd" if composite else "CompositeExplicitAutograd"
     _fragment.impl(name, _on_one_device(name, ref), key)
+    if composite and torch._C._dispatch_has_kernel_for_dispatch_key(f"ferrum::{name}", "CUDA"):
+        keep_composite(_fragment, name, ref, "CUDA")
     if fake is not None:
         torch.library.register_fake(f"ferrum::{name}", _on_one_device(name, fake), lib=_fragment)
     OPS[name] = Op(name, family, ref, fake, inputs, composite)
+
+
+def keep_composite(library: torch.library.Library, name: str, ref: Callable[..., Any], device: str) -> None:
+    """Let autograd and tracing see through a composite op that also has a kernel for `device`.
+
+    The dispatcher by itself would take the kernel for differentiable and lose the gradient, and trace an opaque op.
+    """
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(getattr(torch.ops, library.ns), packet), overload or "default")
+
+    def composite_or_kernel(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        if needs_grad(*tensors) or not plain or is_in_torch_dispatch_mode():
+            return ref(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    library.impl(name, _on_one_device(name, composite_or_kernel), f"Autograd{device}")
 
 
 def register_kernel(name: str, key: str, kernel: Callable[..., Any]) -> None:
@@ -146,9 +169,9 @@ def backends() -> dict[str, dict[str, str]]:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
 
     def served_by(op: Op, key: str) -> str:
-        if op.composite:
-            return "composite"
-        return "kernel" if has(f"ferrum::{op.name}", key) else "reference"
+        if has(f"ferrum::{op.name}", key):
+            return "kernel"
+        return "composite" if op.composite else "reference"
 
     return {name: {device: served_by(op, key) for device, key in keys.items()} for name, op in sorted(OPS.items())}
 

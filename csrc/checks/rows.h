@@ -1,6 +1,8 @@
 // Checks on stable-ABI tensors for the families whose kernels walk rows: norm, activation, rope, routing, combine.
 #pragma once
 
+#include <optional>
+
 #include "checks/tensor.h"
 #include "common/dtype.h"
 
@@ -45,13 +47,12 @@ struct RowLayout {
   int64_t rows, size, stride;
 };
 
-// The leading dimensions collapsed into rows with a single stride.
-inline RowLayout row_layout(const char* op, const char* name, const Tensor& t) {
-  FERRUM_CHECK(t.dim() >= 1, op, name, "expected at least 1 dimension, got 0");
+// The leading dimensions collapsed into rows with a single stride; nothing where that cannot be.
+inline std::optional<RowLayout> find_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   const int64_t size = t.size(last);
   if (t.numel() == 0) {
-    return {0, size, size};
+    return RowLayout{0, size, size};
   }
   bool regular = size == 1 || t.stride(last) == 1;
   int64_t rows = 1, stride = size, outer = -1;
@@ -63,8 +64,14 @@ inline RowLayout row_layout(const char* op, const char* name, const Tensor& t) {
       rows *= t.size(i);
     }
   }
-  FERRUM_CHECK(regular, op, name, "expected contiguous rows with one row stride, got ", stride_string(t));
-  return {rows, size, stride};
+  return regular ? std::optional(RowLayout{rows, size, stride}) : std::nullopt;
+}
+
+inline RowLayout row_layout(const char* op, const char* name, const Tensor& t) {
+  FERRUM_CHECK(t.dim() >= 1, op, name, "expected at least 1 dimension, got 0");
+  const std::optional<RowLayout> layout = find_rows(t);
+  FERRUM_CHECK(layout.has_value(), op, name, "expected contiguous rows with one row stride, got ", stride_string(t));
+  return *layout;
 }
 
 inline void check_rows_apart(const char* op, const char* name, const Tensor& t, const RowLayout& layout) {

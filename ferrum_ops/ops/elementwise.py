@@ -1,7 +1,8 @@
 """Thin ops: each is one line of ATen that a compiler sees through.
 
 They are registered as composites, so they have autograd, work on every device and fuse with what stands around them.
-Those that only rearrange return views, which their schemas declare.
+Those that only rearrange return views, which their schemas declare. gather_columns has a CUDA kernel besides, for calls
+that are neither traced nor differentiated: ATen reads device memory in the order of the columns.
 """
 
 from __future__ import annotations
