@@ -199,6 +199,16 @@ __device__ __forceinline__ uint4 load_uncached(const uint4* from) {
 #endif
 }
 
+__device__ __forceinline__ uint2 load_uncached(const uint2* from) {
+#ifdef __CUDACC__
+  uint2 v;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+  return v;
+#else
+  return *from;
+#endif
+}
+
 // Adds and does not wait for the old value.
 __device__ __forceinline__ void add_to(float* at, float x) {
 #ifdef __CUDACC__

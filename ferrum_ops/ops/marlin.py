@@ -120,7 +120,8 @@ def marlin_gemm(
 
     packed, scales and zeros may be views: the columns from one multiple of 64 to another (`packed[:, 64*i*bits//2 :
     64*j*bits//2]`, `scales[:, 64*i : 64*j]`, `zeros[:, 64*i*bits//32 : 64*j*bits//32]`) of a matrix that holds several
-    projections, or one expert of a stack. Only their last dimension has to be contiguous.
+    projections, or one expert of a stack. Only their last dimension has to be contiguous; the CUDA kernel wants their
+    rows to start at multiples of 16 bytes, which these views of an aligned matrix do, and groups of whole 16 rows.
 
     Args:
         x: `[..., K]`, float16 or bfloat16 (the reference takes any floating dtype), contiguous in the last dimension.
@@ -131,7 +132,7 @@ def marlin_gemm(
             (-1) nothing. None: packed row j multiplies `x[..., j]`; rows from K on, at most 127, are padding.
         bias: floating `[out_features]`, added in fp32.
         workspace: int32, from `marlin_workspace`. All zero before the call and after it; not to be used by two streams
-            at once.
+            at once. Without a counter for every tile, none is split.
         out_features: columns of the result, at most N; those behind are padding.
         group_size: packed row j is of group `j // group_size`; -1: one group.
         bits: 4 or 8.
@@ -273,7 +274,7 @@ def marlin_gemm_ref(
     check_bias(op, bias, (out_features,))
     compute = torch.promote_types(x.dtype, torch.float32)
     weight = marlin.dequantize(packed, scales, zeros, group_size, bits, compute, op)[:, :out_features]
-    rows = gather_packed_rows(x.reshape(-1, x.shape[-1]).to(compute), perm, weight.shape[0])
+    rows = gather_packed_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(compute), perm, weight.shape[0])
     out = rows @ weight
     if bias is not None:
         out = out + bias.to(compute)
@@ -300,7 +301,7 @@ def marlin_gemm_backward(
     *_: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    grad = grads[0].reshape(-1, out_features).to(compute)
+    grad = grads[0].reshape(x.shape[:-1].numel(), out_features).to(compute)
     grad_x = None
     if needs[0]:
         weight = marlin.dequantize(packed, scales, zeros, group_size, bits, compute)[:, :out_features]

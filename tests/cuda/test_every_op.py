@@ -6,13 +6,14 @@ import torch
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
 from ferrum_ops.testing.timing import torch_op
+from tests.emulation.test_every_kernel import has_kernel
 from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
 
 WITH_KERNEL = {name for name, devices in ferrum_ops.backends().items() if devices["cuda"] == "kernel"}
 
 
 def kernel_cases(**kwargs):
-    return [case for case in cases(**kwargs) if case.values[0].name in WITH_KERNEL]
+    return [case for case in cases(**kwargs) if has_kernel(*case.values[:2], WITH_KERNEL)]
 
 
 def on(device, args):

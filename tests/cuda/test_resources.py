@@ -9,7 +9,8 @@ pytestmark = pytest.mark.skipif(not resources.reports(), reason="the library was
 
 def test_every_source_is_compiled():
     assert set(resources.reports()) == {path.stem for path in resources.SOURCES.glob("*.cu")}
-    assert {kernel.source for kernel in resources.kernels()} == set(resources.reports())
+    compiled = sum(text.count("Compiling entry function") for text in resources.reports().values())
+    assert len(resources.kernels()) == compiled > 0
 
 
 def test_nothing_spills():

@@ -420,29 +420,9 @@ def test_an_expert_map_keeps_the_experts_of_this_rank():
     assert_close("marlin_moe_gemm", out, pair_loop(x, local[ids.long()], weights, 2))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"x": torch.zeros(2, 3, 32)}, r"x, top_k: expected \(M, K\)"),
-        ({"top_k": 0}, "x, top_k: expected"),
-        ({"block_size": 7}, "block_size: expected one of"),
-        ({"epilogue": "gelu"}, r"epilogue: expected one of \('none', 'silu_mul'\), got 'gelu'"),
-        ({"epilogue": "silu_mul"}, "out_features: expected at most 64 columns of packed, got 128"),
-        ({"packed": torch.zeros(2, 128, dtype=torch.int32)}, "packed: expected int32"),
-        ({"scales": torch.zeros(2, 1, 64)}, r"scales: expected floating \(3, 1, 64\)"),
-        ({"perm": torch.zeros(32, dtype=torch.int32)}, r"perm: expected int32 \(3, 32\)"),
-        ({"bias": torch.zeros(64)}, r"bias: expected contiguous floating \(3, 64\)"),
-        ({"sorted_token_ids": torch.zeros(16, dtype=torch.int64)}, "sorted_token_ids: expected contiguous int32"),
-        ({"block_ids": torch.zeros(3, dtype=torch.int32)}, r"block_ids: expected contiguous int32 \(2,\)"),
-        ({"total_post_pad": torch.zeros(2, dtype=torch.int32)}, "total_post_pad: expected contiguous int32"),
-        ({"topk_weights": torch.ones(5, 1)}, "topk_weights: expected contiguous float32 with 4 elements"),
-        ({"topk_weights": torch.ones(4, 1).half()}, "topk_weights: expected contiguous float32"),
-        ({"workspace": torch.zeros(0)}, "workspace: expected int32"),
-    ],
-)
-def test_grouped_product_refuses_by_name(change, message):
+def good_grouped():
     _, (packed, scales, zeros, perm) = marlin_experts(3, 32, 64)
-    arguments = {
+    return {
         "x": torch.randn(4, 32),
         "packed": packed,
         "scales": scales,
@@ -458,7 +438,32 @@ def test_grouped_product_refuses_by_name(change, message):
         "block_size": 8,
         "out_features": 64,
         "group_size": 32,
+        "bits": 4,
     }
+
+
+REFUSED_GROUPED = [
+    ({"x": torch.zeros(2, 3, 32)}, r"x, top_k: expected \(M, K\)"),
+    ({"top_k": 0}, "x, top_k: expected"),
+    ({"block_size": 7}, "block_size: expected one of"),
+    ({"epilogue": "gelu"}, r"epilogue: expected one of \('none', 'silu_mul'\), got 'gelu'"),
+    ({"epilogue": "silu_mul"}, "out_features: expected at most 64 columns of packed, got 128"),
+    ({"packed": torch.zeros(2, 128, dtype=torch.int32)}, "packed: expected int32"),
+    ({"scales": torch.zeros(2, 1, 64)}, r"scales: expected floating \(3, 1, 64\)"),
+    ({"perm": torch.zeros(32, dtype=torch.int32)}, r"perm: expected int32 \(3, 32\)"),
+    ({"bias": torch.zeros(64)}, r"bias: expected contiguous floating \(3, 64\)"),
+    ({"sorted_token_ids": torch.zeros(16, dtype=torch.int64)}, "sorted_token_ids: expected contiguous int32"),
+    ({"block_ids": torch.zeros(3, dtype=torch.int32)}, r"block_ids: expected contiguous int32 \(2,\)"),
+    ({"total_post_pad": torch.zeros(2, dtype=torch.int32)}, "total_post_pad: expected contiguous int32"),
+    ({"topk_weights": torch.ones(5, 1)}, "topk_weights: expected contiguous float32 with 4 elements"),
+    ({"topk_weights": torch.ones(4, 1).half()}, "topk_weights: expected contiguous float32"),
+    ({"workspace": torch.zeros(0)}, "workspace: expected int32"),
+]
+
+
+@pytest.mark.parametrize("change, message", REFUSED_GROUPED)
+def test_grouped_product_refuses_by_name(change, message):
+    arguments = good_grouped()
     ferrum_ops.marlin_moe_gemm(**arguments)
     with pytest.raises(ValueError, match=r"\[marlin_moe_gemm\] " + message):
         ferrum_ops.marlin_moe_gemm(**{**arguments, **change})

@@ -1,0 +1,104 @@
+// Which tile a product in the Marlin layout is cut into, and how often K is split.
+//
+// A block makes `tokens` x `columns` of the result, `depth` rows of K at a time. Four such stages lie in shared memory,
+// three of them under way, and it takes 26 KB under way in each multiprocessor to have the bandwidth of an H200
+// (4.3 TB/s x 0.8 us / 132): of 4-bit weights, a stage is columns * depth / 2 bytes.
+//
+//   tokens  columns  depth  stage of weights  under way  blocks wanted
+//        8       64    128              4 KB      12 KB  3: 36 KB
+//       16      128     64              4 KB      12 KB  3: 36 KB
+//       32      128     64              4 KB      12 KB  2: 24 KB, with 24 KB of activations
+//       64      256     64              8 KB      24 KB  1: 24 KB, with 24 KB of activations
+//
+// Narrow tiles make many blocks of one token's few weights; wide ones read the activations of many tokens less often:
+// 64 x 256 takes 2 bytes of a token's row for every 16 of weights' products, which the second-level cache can give.
+#pragma once
+
+#include <cstdint>
+
+namespace ferrum::cuda {
+
+struct MarlinTile {
+  int tokens, columns, depth;
+  int blocks;  // wanted in each multiprocessor
+};
+
+constexpr MarlinTile kMarlinTiles[] = {{8, 64, 128, 3}, {16, 128, 64, 3}, {32, 128, 64, 2}, {64, 256, 64, 1}};
+constexpr int64_t kMarlinMinDepth = 256;  // rows of K that are worth a block of their own
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct MarlinShape {
+  int64_t tokens;      // rows of the result; of a grouped product, entries of the list of blocks
+  int64_t block_size;  // of a grouped product; 0: all rows have the same weights
+  int64_t columns, depth;
+  int64_t multiprocessors;
+  int64_t counters;  // tiles that may be split
+};
+
+struct MarlinConfig {
+  MarlinTile tile;
+  int64_t token_tiles, column_tiles, splits;
+};
+
+constexpr MarlinConfig marlin_config(const MarlinShape& s, const MarlinTile& tile) {
+  const int64_t block = s.block_size > 0 ? s.block_size : s.tokens;
+  const int64_t blocks = s.block_size > 0 ? divide_up(s.tokens, s.block_size) : 1;
+  MarlinConfig c{tile, blocks * divide_up(block, tile.tokens), divide_up(s.columns, tile.columns), 1};
+  const int64_t tiles = c.token_tiles * c.column_tiles;
+  if (tiles > 0 && tiles <= s.counters) {  // as many splits as are resident at once
+    const int64_t resident = s.multiprocessors * tile.blocks / tiles, deep = s.depth / kMarlinMinDepth;
+    const int64_t splits = resident < deep ? resident : deep;
+    c.splits = splits > 1 ? splits : 1;
+  }
+  return c;
+}
+
+// The products that a multiprocessor makes one after another, in numbers of the result.
+constexpr int64_t marlin_cost(const MarlinShape& s, const MarlinConfig& c) {
+  const int64_t rounds = divide_up(c.token_tiles * c.column_tiles * c.splits, s.multiprocessors * c.tile.blocks);
+  return rounds * c.tile.blocks * c.tile.tokens * c.tile.columns / c.splits;
+}
+
+// The smallest tile that holds a block of tokens: weights are then read once for it. More than 32 tokens of one matrix
+// are cut by the time the products take.
+constexpr MarlinConfig pick_marlin_config(const MarlinShape& s) {
+  const int64_t block = s.block_size > 0 ? s.block_size : s.tokens;
+  for (const MarlinTile& tile : kMarlinTiles) {
+    if (block <= tile.tokens && tile.tokens < 64) {
+      return marlin_config(s, tile);
+    }
+  }
+  const MarlinConfig wide = marlin_config(s, kMarlinTiles[3]), narrow = marlin_config(s, kMarlinTiles[2]);
+  return s.block_size > 0 || marlin_cost(s, wide) <= marlin_cost(s, narrow) ? wide : narrow;
+}
+
+// Qwen3-30B-A3B on an H200: experts of 2048 x 1536 and 768 x 2048 (M tokens, top-8, so 8 M pairs; entries is the
+// capacity of moe_align_block_size), dense 2048 x 5120 and 4096 x 2048.
+constexpr bool picks(int64_t tokens, int64_t block_size, int64_t columns, int64_t depth, int tile, int64_t tiles,
+                     int64_t splits) {
+  const MarlinConfig c = pick_marlin_config({tokens, block_size, columns, depth, 132, 16 * 132});
+  return c.tile.tokens == tile && c.token_tiles * c.column_tiles == tiles && c.splits == splits;
+}
+static_assert(picks(64, 8, 1536, 2048, 8, 192, 2), "M = 1: 384 blocks, 2.9 a multiprocessor; unsplit it were 1.5");
+static_assert(picks(64, 8, 2048, 768, 8, 256, 1), "M = 1: 1.9 blocks a multiprocessor have all but 6 KB under way");
+static_assert(picks(512, 8, 1536, 2048, 8, 1536, 1), "M = 8: about 52 of 64 blocks have rows, 3.2 waves of 3");
+static_assert(picks(512, 8, 2048, 768, 8, 2048, 1));
+static_assert(picks(256 + 128 * 7, 8, 1536, 2048, 8, 144 * 24, 1), "M = 32: 2.3 rows an expert");
+static_assert(picks(1024 + 128 * 15, 16, 1536, 2048, 16, 184 * 12, 1), "M = 128: 8 rows an expert");
+static_assert(picks(1024 + 128 * 15, 16, 2048, 768, 16, 184 * 16, 1));
+static_assert(picks(4096 + 128 * 31, 32, 1536, 2048, 32, 252 * 12, 1), "M = 512: 32 rows an expert");
+static_assert(picks(4096 + 128 * 63, 64, 1536, 2048, 64, 190 * 6, 1), "M = 512, 5 to 8 waves of 132 blocks");
+static_assert(picks(4096 + 128 * 47, 48, 2048, 768, 64, 211 * 8, 1), "48 rows of 64 are used");
+static_assert(picks(128 * 130, 128, 2048, 768, 64, 260 * 8, 1), "a block is two tiles");
+static_assert(picks(1, 0, 5120, 2048, 8, 80, 4), "320 blocks of 512 rows");
+static_assert(picks(1, 0, 2048, 4096, 8, 32, 12), "384 blocks of 341 rows");
+static_assert(picks(16, 0, 5120, 2048, 16, 40, 8), "320 blocks of 256 rows");
+static_assert(picks(32, 0, 2048, 4096, 32, 16, 16), "256 blocks of 256 rows");
+static_assert(picks(128, 0, 5120, 2048, 64, 40, 3), "120 blocks, as 32 x 128 would have 160 of half the size, twice");
+static_assert(picks(512, 0, 5120, 2048, 32, 640, 1),
+              "3 rounds of 264 blocks; 64 x 256 had 2 of 132, four times as long");
+static_assert(picks(512, 0, 2048, 4096, 64, 64, 2));
+static_assert(picks(0, 0, 2048, 4096, 8, 0, 1) && picks(1, 0, 0, 4096, 8, 0, 1) && picks(1, 0, 64, 0, 8, 1, 1));
+
+}  // namespace ferrum::cuda
