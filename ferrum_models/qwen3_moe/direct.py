@@ -19,6 +19,7 @@ import ferrum_ops
 from ferrum_models.moe.registry import run_experts
 from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
 from ferrum_models.qwen3_moe.cache import GrowingLayer, let_grow
+from ferrum_models.qwen3_moe.step_cache import StepCache
 
 if TYPE_CHECKING:
     from ferrum_models.qwen3_moe.modeling import Attention, DecoderLayer, Qwen3MoeForCausalLM
@@ -98,36 +99,47 @@ def forward(
 ) -> MoeCausalLMOutputWithPast:
     if cache is None and makes_cache(model, use_cache):
         cache = DynamicCache(config=model.config)
-    inner = model.model
     batch, tokens = input_ids.shape
-    hidden = inner.embed_tokens(input_ids)
     held = 0
     if cache is not None:
         let_grow(cache)
         held = cache.get_seq_length()
     if position_ids is None:
-        position_ids = torch.arange(held, held + tokens, device=hidden.device).unsqueeze(0)
-    rotary = inner.rotary_emb.forward(hidden, position_ids)
-    lengths = torch.full((2, batch), held, dtype=torch.int32, device=hidden.device)
+        position_ids = torch.arange(held, held + tokens, device=input_ids.device).unsqueeze(0)
+    lengths = torch.full((2, batch), held, dtype=torch.int32, device=input_ids.device)
     lengths[1] += tokens
-    hidden = hidden.flatten(0, 1)
-    for i, layer in enumerate(inner.layers):
-        hidden = decoder_layer(layer, hidden, rotary, cache, i, lengths)
-    hidden = inner.norm.forward(hidden).view(batch, tokens, -1)
+    hidden = hidden_states(model, input_ids, position_ids, cache, lengths)
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits = model.lm_head(hidden if isinstance(kept, slice) and kept.start == 0 else hidden[:, kept, :])
     return MoeCausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+def hidden_states(
+    model: Qwen3MoeForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Cache | StepCache | None,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """`[B, n]` -> `[B, n, H]`, normed. lengths int32 `[2, B]`: tokens of a sequence in the cache before and after."""
+    inner = model.model
+    hidden = inner.embed_tokens(input_ids)
+    rotary = inner.rotary_emb.forward(hidden, position_ids)
+    hidden = hidden.flatten(0, 1)
+    for i, layer in enumerate(inner.layers):
+        hidden = decoder_layer(layer, hidden, rotary, cache, i, lengths)
+    return inner.norm.forward(hidden).view(*input_ids.shape, -1)
 
 
 def decoder_layer(
     layer: DecoderLayer,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache | None,
+    cache: Cache | StepCache | None,
     index: int,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
-    """`[T, H]` -> `[T, H]`. lengths `[2, B]`: tokens of each sequence in the cache before and after this call."""
+    """`[T, H]` -> `[T, H]`."""
     parts: dict[str, Any] = layer._modules
     attended = attention(parts["self_attn"], parts["input_layernorm"].forward(hidden), rotary, cache, index, lengths)
     norm = parts["post_attention_layernorm"]
@@ -144,7 +156,7 @@ def attention(
     module: Any,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    cache: Cache | None,
+    cache: Cache | StepCache | None,
     index: int,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
@@ -165,6 +177,9 @@ def attention(
     )
     batch = lengths.shape[1]
     query, key, value = (h.view(batch, -1, *h.shape[1:]) for h in heads)
+    if isinstance(cache, StepCache):
+        out = cache.attend(index, query, key, value, lengths, this.scaling)
+        return parts["o_proj"](out.view(hidden.shape[0], -1))
     if cache is None:
         keys, values = key.transpose(1, 2), value.transpose(1, 2)
     elif index < len(cache.layers) and isinstance(cache.layers[index], GrowingLayer):

@@ -23,7 +23,7 @@ import ferrum_ops
 from ferrum_models.moe.profile import phase, profile
 from ferrum_models.moe.registry import check_implementation, run_experts
 from ferrum_models.moe.weights import DenseExpertWeights
-from ferrum_models.qwen3_moe import attention, direct
+from ferrum_models.qwen3_moe import attention, decode, direct, generation
 from ferrum_models.qwen3_moe.cache import let_grow
 from ferrum_models.report import LoadReport
 from ferrum_ops.config import RuntimeConfig
@@ -238,6 +238,8 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         self.model.rotary_emb = RotaryEmbedding(config=config)
         self.load_report: LoadReport | None = None
         self.runtime_config = RuntimeConfig() if runtime_config is None else runtime_config
+        #: The recorded steps of the last `generate`, where `runtime_config.cuda_graph` asks for them.
+        self.decode_graph: decode.DecodeGraph | None = None
         self.post_init()
         self.requires_grad_(False)  # its ops have no backward: calling it needs no torch.no_grad()
 
@@ -318,13 +320,41 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, **arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `runtime_config.moe_profile` prints where the MoE blocks' time went to stderr."""
+        """As in transformers, with the runtime configuration's `cuda_graph` and `moe_profile`.
+
+        On CUDA `cuda_graph` records decode steps and replays them: `decode_graph` did, or its `fallback` says why not.
+        `moe_profile` prints where the MoE blocks' time went to stderr.
+        """
         if not self.runtime_config.moe_profile:
             return super().generate(*args, **kwargs)
         with profile() as times:
             output = super().generate(*args, **kwargs)
         print(times, file=sys.stderr)
         return output
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The loop of `generate` for greedy decoding and sampling."""
+        if self.runtime_config.cuda_graph and decode.graphs_for(input_ids.device) is not None:
+            reason = generation.why_not(self, input_ids, stopping_criteria, generation_config, model_kwargs)
+            if reason is None and not synced_gpus:
+                graph = generation.graph_of(self, input_ids.shape[0], stopping_criteria.max_length)
+                mask = model_kwargs.get("attention_mask")
+                return generation.generate(
+                    graph, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
+                )
+            decode.warn_once(self, reason or "several processes generate together")
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
 
     def set_moe_implementation(self, name: str) -> None:
         """Switch every MoE block to "fused", "bucketed" or "per_pair"."""

@@ -1,0 +1,127 @@
+"""transformers' `generate` on recorded steps, for greedy decoding and sampling of one sequence per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from ferrum_models.qwen3_moe import decode
+from ferrum_models.qwen3_moe.attention import NAME
+from ferrum_models.qwen3_moe.decode import DecodeGraph
+
+if TYPE_CHECKING:
+    from ferrum_models.qwen3_moe.modeling import Qwen3MoeForCausalLM
+
+#: What `generate` passes on that a DecodeGraph does itself or has no use for.
+KNOWN_ARGUMENTS = {"attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep"}
+
+
+def why_not(
+    model: Qwen3MoeForCausalLM,
+    input_ids: torch.Tensor,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    arguments: dict[str, Any],
+) -> str | None:
+    """Why this call cannot run on recorded steps, or None."""
+    most = model.runtime_config.cuda_max_kv
+    cache = arguments.get("past_key_values")
+    others = {name for name, value in arguments.items() if value is not None} - KNOWN_ARGUMENTS
+    if others:
+        return f"{', '.join(sorted(others))} given"
+    if generation_config.return_dict_in_generate:
+        return "return_dict_in_generate asks for more than tokens"
+    if model.config._attn_implementation != NAME:
+        return f"the attention implementation is {model.config._attn_implementation!r}"
+    if arguments.get("use_cache") is False:
+        return "use_cache is False"
+    if cache is not None and (
+        type(cache) is not DynamicCache or cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
+    ):
+        return "a cache was given"
+    if model.runtime_config.moe_profile:
+        return "the MoE blocks are profiled"
+    if stopping_criteria.max_length is None:
+        return "there is no maximum length"
+    if most is not None and stopping_criteria.max_length > most:
+        return f"max_length {stopping_criteria.max_length} is above cuda_max_kv {most}"
+    return decode.check_model(model)
+
+
+def graph_of(model: Qwen3MoeForCausalLM, batch: int, length: int) -> DecodeGraph:
+    """The model's DecodeGraph for a batch, kept from call to call as long as sequences fit."""
+    kept = model.decode_graph
+    if kept is None or kept.batch != batch or kept.capacity < length or kept.device != model.device:
+        model.decode_graph = None  # its buffers are freed before others are allocated
+        most = model.runtime_config.cuda_max_kv
+        kept = DecodeGraph(model, batch, decode.kv_bucket(length, 2 * length) if most is None else most)
+        model.decode_graph = kept
+    return kept
+
+
+def generate(
+    graph: DecodeGraph,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """What transformers' `_sample` returns with these arguments."""
+    eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+    eos_ids = [int(i) for ids in eos for i in ids.flatten().tolist()]
+    pad = generation_config._pad_token_tensor
+    pad_id = 0 if pad is None else int(pad)
+    plain = all(isinstance(criterion, EosTokenCriteria | MaxLengthCriteria) for criterion in stopping_criteria)
+    if generation_config.do_sample or len(logits_processor) > 0 or not plain or len(eos_ids) > decode.MOST_EOS_IDS:
+
+        def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            scores = logits_processor(ids, logits.to(torch.float32, copy=True))
+            return torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+
+        ended = pad_id if eos_ids else None
+        return _generate_on_host(graph, input_ids, choose, stopping_criteria, ended, streamer, attention_mask)
+    return graph.generate(
+        input_ids,
+        attention_mask,
+        max_new_tokens=stopping_criteria.max_length - input_ids.shape[1],
+        eos_token_ids=eos_ids,
+        pad_token_id=pad_id,
+        streamer=streamer,
+    )
+
+
+def _generate_on_host(
+    graph: DecodeGraph,
+    input_ids: torch.Tensor,
+    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    stopping_criteria: StoppingCriteriaList,
+    pad_id: int | None,
+    streamer: Any,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The model's part of a step is recorded; `choose` (of the ids so far and logits) and criteria run as they are.
+
+    `pad_id` follows in a sequence that has ended; None: no id ends one.
+    """
+    logits = graph.start(input_ids, attention_mask)
+    unfinished = torch.ones(graph.batch, dtype=torch.long, device=input_ids.device)
+    while True:
+        chosen = choose(input_ids, logits)
+        if pad_id is not None:
+            chosen = chosen * unfinished + pad_id * (1 - unfinished)
+        input_ids = torch.cat([input_ids, chosen[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(chosen.cpu())
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        if not bool(unfinished.any()):
+            break
+        logits = graph.run(1, chosen)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
