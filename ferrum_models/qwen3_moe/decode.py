@@ -132,7 +132,7 @@ class DecodeGraph:
         attention: Any = self.model.model.layers[0].self_attn
         sizes = (config.num_hidden_layers, self.batch, capacity, attention.num_kv_heads, attention.head_dim)
         if not paged:
-            return ContiguousCache(*sizes, self.dtype, self.device)
+            return ContiguousCache.allocate(*sizes, self.dtype, self.device)
         return PagedCache(*sizes, self.dtype, self.device, knobs.paged_block_size, knobs.kv_dtype == "int8")
 
     @property

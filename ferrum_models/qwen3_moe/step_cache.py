@@ -51,10 +51,16 @@ class StepCache(ABC):
 
 
 class ContiguousCache(StepCache):
-    """`[B, Hkv, capacity, D]` for each layer."""
+    """Keys and values `[B, Hkv, capacity, D]`, one of each per layer."""
 
-    def __init__(
-        self,
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        self.keys, self.values = keys, values
+        self.batch, _, self.capacity, _ = keys[0].shape
+        self._bucket = self.capacity
+
+    @classmethod
+    def allocate(
+        cls,
         layers: int,
         batch: int,
         capacity: int,
@@ -62,14 +68,11 @@ class ContiguousCache(StepCache):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
-        self.batch, self.capacity = batch, capacity
+    ) -> ContiguousCache:
         shape = (batch, heads, capacity, head_dim)
         # Zeros: rows behind a length are read in whole tiles, and no garbage may come of that.
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
-        )
-        self._bucket = capacity
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
+        return cls(keys, values)
 
     @property
     def description(self) -> str:
