@@ -111,8 +111,8 @@ class DecodeGraph:
         if (reason := check_model(model)) is not None:
             raise ValueError(f"[DecodeGraph] model: expected one that steps can be recorded of, but {reason}")
         self.model, self.batch = model, batch
-        embedding = model.model.embed_tokens.weight
-        self.dtype, self.device = embedding.dtype, embedding.device
+        weight = model.model.norm.weight  # a packed embedding has none
+        self.dtype, self.device = weight.dtype, weight.device
         self.cache = self._make_cache(capacity, paged)
         self.capacity = self.cache.capacity
 

@@ -7,7 +7,6 @@ import torch
 
 from ferrum_models import DecodeGraph, Qwen3MoeForCausalLM
 from ferrum_models.graphs import NoHostReads
-from tests.models.make_checkpoint import tiny_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
 PAGED = pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
@@ -25,28 +24,26 @@ def test_a_step_calls_no_operator_that_reads(paged):
     assert torch.equal(*logits)
 
 
-@pytest.fixture
-def model_without_data():
-    """Whatever looks at a value of it raises."""
-    return Qwen3MoeForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16).to("meta")
+def without_data(**options):
+    """A model of which nobody can look at a value."""
+    return Qwen3MoeForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16, **options).to("meta")
 
 
-@PAGED
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_needs_no_values(model_without_data, paged, batch):
-    model = model_without_data
-    logits = DecodeGraph(model, batch, 32, paged=paged).forward_step(32)
-    assert logits.shape == (batch, model.config.vocab_size) and logits.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    "layout, implementation",
+    [("int4_cpu", "fused"), ("marlin", "fused"), ("marlin", "bucketed"), ("gptq", "fused"), ("dense", "fused")],
+)
+def test_a_step_needs_no_values(layout, implementation):
+    model = without_data(layout=layout)
+    model.set_moe_implementation(implementation)
+    for batch, paged in ((1, True), (1, False), (40, False)):
+        logits = DecodeGraph(model, batch, 32, paged=paged).forward_step(32)
+        assert logits.shape == (batch, model.config.vocab_size) and logits.dtype == torch.bfloat16
 
 
-def test_a_step_of_a_dense_model_needs_no_values():
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(tiny_config(hidden_size=64, moe_intermediate_size=64)).bfloat16()
-    assert DecodeGraph(model, 2, 32).forward_step(32).shape == (2, 96)
-
-
-def test_what_reads_values_is_found_out(model_without_data):
+def test_what_reads_values_is_found_out():
     """The oracle reads the ids: the tests above can fail."""
-    model_without_data.set_moe_implementation("per_pair")
+    model = without_data()
+    model.set_moe_implementation("per_pair")
     with pytest.raises(NotImplementedError, match="meta tensor"):
-        DecodeGraph(model_without_data, 2, 32).forward_step(32)
+        DecodeGraph(model, 2, 32).forward_step(32)
