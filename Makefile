@@ -18,7 +18,7 @@ BUILD_STAMP := $(VENV)/.build-$(TORCH)
 TOOLS_STAMP := $(VENV)/.tools
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-fast lint format table docs bench bench-cpu gpu-check wheel clean
+.PHONY: help demo test test-fast lint format table docs bench bench-cpu gpu-check gpu-model wheel clean
 
 help:
 	@echo "make demo        load the example checkpoint, generate text, print a table"
@@ -31,6 +31,7 @@ help:
 	@echo "make bench       time the ops"
 	@echo "make bench-cpu   time Ferrum next to the engines of benchmarks/peers that are installed"
 	@echo "make gpu-check   build, test and measure on an NVIDIA GPU, with the torch of GPU_PYTHON (python3)"
+	@echo "make gpu-model   the whole model on an NVIDIA GPU, with the library that gpu-check built"
 	@echo "make wheel       build dist/*.whl"
 	@echo "make clean       remove what the build made (make VENV=... keeps its environment elsewhere)"
 
@@ -74,6 +75,10 @@ GPU_PYTHON ?= python3
 GPU_OUT ?= build/gpu
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --out $(GPU_OUT)
+
+# After gpu-check, which has built the library and measures this without the compiler.
+gpu-model:
+	$(GPU_PYTHON) -m benchmarks.gpu_model --out $(GPU_OUT)
 
 wheel: export PATH := $(abspath $(BIN)):$(PATH)
 wheel: $(BUILD_STAMP) $(TOOLS_STAMP)
