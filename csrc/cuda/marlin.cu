@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather_rows(MarlinGather g) {
       return;
     }
     const int32_t id = g.rows.sorted_ids[row];
-    const int expert = g.rows.expert_of(row, id);
-    if (expert < 0) {
+    const int32_t expert = g.rows.block_ids[row / g.rows.block_size];
+    if (!g.rows.names(id, expert)) {
       return;
     }
     source = id / g.rows.top_k;

@@ -1,8 +1,9 @@
 // Which tile a product in the Marlin layout is cut into, and how often K is split.
 //
 // A block makes `tokens` x `columns` of the result, `depth` rows of K at a time. Four such stages lie in shared memory,
-// three of them under way, and it takes 26 KB under way in each multiprocessor to have the bandwidth of an H200
-// (4.3 TB/s x 0.8 us / 132): of 4-bit weights, a stage is columns * depth / 2 bytes.
+// three of them under way (of 8-bit weights in the widest tile, three and two), and it takes 26 KB under way in each
+// multiprocessor to have the bandwidth of an H200 (4.3 TB/s x 0.8 us / 132): of 4-bit weights, a stage is columns *
+// depth / 2 bytes.
 //
 //   tokens  columns  depth  stage of weights  under way  blocks wanted
 //        8       64    128              4 KB      12 KB  3: 36 KB
@@ -10,8 +11,8 @@
 //       32      128     64              4 KB      12 KB  2: 24 KB, with 24 KB of activations
 //       64      256     64              8 KB      24 KB  1: 24 KB, with 24 KB of activations
 //
-// Narrow tiles make many blocks of one token's few weights; wide ones read the activations of many tokens less often:
-// 64 x 256 takes 2 bytes of a token's row for every 16 of weights' products, which the second-level cache can give.
+// Narrow tiles make many blocks of one token's few weights. Wide ones read activations less often: of a routed block of
+// Qwen3-30B-A3B at M = 512, 64 x 256 moves 0.67 GB from the second-level cache, 64 x 128 would 1.0.
 #pragma once
 
 #include <cstdint>

@@ -17,17 +17,16 @@ __device__ __forceinline__ int find_rows(const MarlinProduct<T>& p, int token_ti
       row = source = static_cast<int>(at);
     }
   } else {
-    const int64_t block = token_tile / p.tiles_of_block;
+    // Three numbers that do not wait for each other, as weights and tokens wait for them.
+    const int block = token_tile / p.tiles_of_block;
     const int in_block = token_tile % p.tiles_of_block * Shape::kTokens + thread;
-    const int64_t entry = block * p.rows.block_size + in_block;
-    const int64_t used = min(p.rows.entries, static_cast<int64_t>(*p.rows.used_entries));
+    const int64_t entry = static_cast<int64_t>(block) * p.rows.block_size + in_block;
+    const bool listed = thread < Shape::kTokens && in_block < p.rows.block_size && entry < p.rows.entries;
+    const int32_t id = listed ? p.rows.sorted_ids[entry] : -1, used = *p.rows.used_entries;
     expert = p.rows.block_ids[block];
-    if (thread < Shape::kTokens && in_block < p.rows.block_size && entry < used) {
-      const int32_t id = p.rows.sorted_ids[entry];
-      if (p.rows.expert_of(entry, id) >= 0) {
-        row = id;
-        source = p.rows.by_entry ? static_cast<int>(entry) : id / p.rows.top_k;
-      }
+    if (entry < used && p.rows.names(id, expert)) {
+      row = id;
+      source = p.rows.by_entry ? static_cast<int>(entry) : id / p.rows.top_k;
     }
   }
   if (thread < Shape::kTokens) {
@@ -168,7 +167,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(
     MarlinMultiplier<T, Bits, Shape> multiplier(p, place, sources, shared);
     multiplier.run(static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits),
                    static_cast<int>(static_cast<int64_t>(stages) * (place.split + 1) / p.splits), total);
-    cp_async_wait<0>();
     __syncthreads();  // the sums take the place of stages that other warps may still read
     float* const sums = reinterpret_cast<float*>(shared);
     multiplier.store_sums(sums, total);
@@ -178,15 +176,24 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(
   }
 }
 
+// At most. A stage may begin and end within a group unless one is a multiple of the other.
+constexpr int groups_in_stage(int steps, int group_steps) {
+  return group_steps % steps == 0   ? 1
+         : steps % group_steps == 0 ? steps / group_steps
+                                    : (steps + group_steps - 2) / group_steps + 1;
+}
+static_assert(groups_in_stage(4, 8) == 1 && groups_in_stage(4, 1) == 4 && groups_in_stage(4, 3) == 2 &&
+              groups_in_stage(8, 3) == 4 && groups_in_stage(4, 5) == 2 && groups_in_stage(8, 5) == 3);
+
 template <typename T, int Bits, typename Shape>
 void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduct<T> p, int64_t max_blocks) {
   using Stage = MarlinStage<T, Bits, Shape>;
   const int scale_bytes = p.scales.dtype == Dtype::float32 ? 4 : 2;
-  // A stage from within a group takes part in one group more than fit in it.
-  const int groups =
-      p.inverse_group_steps == 0.0f ? 1 : static_cast<int>(divide_up(Shape::kSteps - 1, p.group_steps) + 1);
+  const int groups = p.inverse_group_steps == 0.0f ? 1 : groups_in_stage(Shape::kSteps, p.group_steps);
   const int group_bytes = Shape::kColumns * scale_bytes + (p.zeros != nullptr ? Stage::kZeroPieces * 16 : 0);
   p.stage_bytes = Stage::kScales + groups * group_bytes;
+  constexpr int kMostBytes = Stage::kScales + Shape::kSteps * (Shape::kColumns * 4 + Stage::kZeroPieces * 16);
+  static_assert(Stage::kStages * kMostBytes <= 99 * 1024, "of a block on sm_89; others have more");
   const int sum_bytes = Shape::kDepthWarps * Shape::kTokens * Shape::kSumStride * static_cast<int>(sizeof(float));
   const int64_t tiles = config.token_tiles * config.column_tiles * config.splits;
   const int64_t blocks = max_blocks > 0 && max_blocks < tiles ? max_blocks : tiles;
@@ -196,7 +203,7 @@ void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduc
   p.tiles_of_block = static_cast<int>(divide_up(p.rows.block_size, Shape::kTokens));
   stream.launch(marlin_tiles<T, Bits, Shape>,
                 Grid{dim3(static_cast<unsigned>(blocks + p.zero_blocks)), dim3(Shape::kThreads),
-                     static_cast<size_t>(max(kMarlinStages * p.stage_bytes, sum_bytes))},
+                     static_cast<size_t>(max(Stage::kStages * p.stage_bytes, sum_bytes))},
                 p);
 }
 

@@ -44,10 +44,9 @@ struct MarlinRows {
 
   __host__ __device__ bool grouped() const { return block_size > 0; }
 
-  // The expert of an entry that names a row of the result; -1 of another one.
-  __device__ __forceinline__ int expert_of(int64_t entry, int32_t row) const {
-    const int expert = block_ids[entry / block_size];
-    return row >= 0 && row < count && expert >= 0 && expert < experts ? expert : -1;
+  // Whether an entry of an expert's block is a row of the result.
+  __device__ __forceinline__ bool names(int32_t row, int32_t expert) const {
+    return row >= 0 && row < count && expert >= 0 && expert < experts;
   }
 };
 
@@ -100,7 +99,7 @@ __device__ void zero_unnamed_rows(const MarlinProduct<T>& p, int64_t first, unsi
   const int64_t entries = min(rows.entries, static_cast<int64_t>(*rows.used_entries));
   for (int64_t entry = threadIdx.x; entry < entries; entry += blockDim.x) {
     const int32_t row = rows.sorted_ids[entry];
-    if (row >= first && row < first + count && rows.expert_of(entry, row) >= 0) {
+    if (row >= first && row < first + count && rows.names(row, rows.block_ids[entry / rows.block_size])) {
       named[row - first] = 1;
     }
   }

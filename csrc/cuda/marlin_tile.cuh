@@ -15,8 +15,6 @@
 
 namespace ferrum::cuda {
 
-constexpr int kMarlinStages = 4;
-
 template <int Tile, int TokenWarps, int ColumnWarps, int DepthWarps, int Blocks>
 struct MarlinTileShape {
   static constexpr int kTokens = kMarlinTiles[Tile].tokens, kColumns = kMarlinTiles[Tile].columns;
@@ -40,7 +38,8 @@ using MarlinTile64 = MarlinTileShape<3, 2, 4, 1, 1>;
 
 template <typename T, int Bits, typename Shape>
 struct MarlinStage {
-  static constexpr int kUnitPieces = 8 * Bits;  // of 16 bytes, of 16 x 64 codes
+  static constexpr int kStages = Bits == 8 && Shape::kTokens == 64 ? 3 : 4;  // as 8-bit ones are twice as large
+  static constexpr int kUnitPieces = 8 * Bits;                               // of 16 bytes, of 16 x 64 codes
   static constexpr int kStepPieces = kUnitPieces * Shape::kColumnWarps;
   static constexpr int kPackedBytes = Shape::kSteps * kStepPieces * 16;
   static constexpr int kScales = kPackedBytes + Shape::kXBytes;  // where scales start; zeros lie behind them
@@ -83,14 +82,14 @@ class MarlinMultiplier {
   // Of stages first ... last - 1, the sums of this warp.
   __device__ __forceinline__ void run(int first, int last, float (&total)[4][kTiles][4]) {
 #pragma unroll 1
-    for (int i = 0; i < kMarlinStages - 1; ++i) {
+    for (int i = 0; i < Stage::kStages - 1; ++i) {
       fetch(first + i, last);
     }
 #pragma unroll 1
     for (int stage = first; stage < last; ++stage) {
-      cp_async_wait<kMarlinStages - 2>();
+      cp_async_wait<Stage::kStages - 2>();
       __syncthreads();  // this stage is here for all, and nobody still reads the one whose place the next fetch takes
-      fetch(stage + kMarlinStages - 1, last);
+      fetch(stage + Stage::kStages - 1, last);
       consume(stage, total);
     }
   }
@@ -115,7 +114,7 @@ class MarlinMultiplier {
 
  private:
   __device__ __forceinline__ unsigned char* slot(int stage) const {
-    return shared_ + stage % kMarlinStages * p_.stage_bytes;
+    return shared_ + stage % Stage::kStages * p_.stage_bytes;
   }
   __device__ __forceinline__ int scale_row_bytes() const { return Shape::kColumns * scale_bytes_; }
   __device__ __forceinline__ int first_group(int stage) const { return p_.group_of(stage * Shape::kSteps); }
