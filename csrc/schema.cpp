@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def("gguf_dequantize(Tensor blocks, int type, ScalarType dtype) -> Tensor");
   m.def("gguf_linear(Tensor x, Tensor[] blocks, int[] types, Tensor? bias, str activation) -> Tensor");
   m.def("gguf_moe_linear(Tensor x, Tensor blocks, int type, Tensor topk_ids, str activation) -> Tensor");
+  m.def("gguf_pack(Tensor blocks, int type) -> Tensor");
   m.def(
       "gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, "
       "ScalarType dtype) -> Tensor");

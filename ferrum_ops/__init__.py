@@ -16,7 +16,7 @@ from ferrum_ops.ops.elementwise import (
     transpose_head_to_token,
     transpose_token_to_head,
 )
-from ferrum_ops.ops.gguf import gguf_dequantize, gguf_linear, gguf_moe_linear, moe_experts_gguf
+from ferrum_ops.ops.gguf import gguf_dequantize, gguf_linear, gguf_moe_linear, gguf_pack, moe_experts_gguf
 from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack, int8_linear
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
@@ -61,6 +61,7 @@ __all__ = [
     "gguf_dequantize",
     "gguf_linear",
     "gguf_moe_linear",
+    "gguf_pack",
     "gptq_dequantize",
     "gptq_gemm",
     "int4_linear",

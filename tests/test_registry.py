@@ -247,6 +247,7 @@ gelu_tanh_mul(Tensor gate_up) -> Tensor
 gguf_dequantize(Tensor blocks, int type, ScalarType dtype) -> Tensor
 gguf_linear(Tensor x, Tensor[] blocks, int[] types, Tensor? bias, str activation) -> Tensor
 gguf_moe_linear(Tensor x, Tensor blocks, int type, Tensor topk_ids, str activation) -> Tensor
+gguf_pack(Tensor blocks, int type) -> Tensor
 gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
 gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, int zero_offset) -> Tensor
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor

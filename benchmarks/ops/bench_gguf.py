@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+import ferrum_ops
 from ferrum_ops.formats import gguf as formats
 from ferrum_ops.formats.gguf import GGMLType
+from ferrum_ops.formats.gguf_tiles import TILED
 from ferrum_ops.ops.gguf import random_stack
 from ferrum_ops.testing.timing import Case, bytes_of, main
 
@@ -19,6 +21,7 @@ EXPERT_WIDTH = 768
 ATTENTION_WIDTH = 4096 + 2 * 512
 HEAD_WIDTH = 65536
 EXPERTS, TOP_K = 8, 8
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
 TYPES = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.Q8_0, GGMLType.Q4_0)
 
 
@@ -27,6 +30,16 @@ def linear_case(type: GGMLType, blocks: torch.Tensor, tokens: int, dtype: torch.
     moved = bytes_of(x, blocks) + tokens * blocks.shape[0] * dtype.itemsize
     label = f"{type.name} T={tokens} N={blocks.shape[0]} {activation}"
     return Case("gguf_linear", label, (x, [blocks], [int(type)], None, activation), moved)
+
+
+def tile_cases(type: GGMLType, blocks: torch.Tensor, dtype: torch.dtype) -> Iterator[Case]:
+    tiles = ferrum_ops.gguf_pack(blocks, type)
+    yield Case("gguf_pack", f"{type.name} {blocks.shape[0]}x{HIDDEN}", (blocks, int(type)), bytes_of(blocks, tiles))
+    for tokens in TOKENS:
+        x = torch.randn(tokens, HIDDEN).to(dtype)
+        moved = bytes_of(x, tiles) + tokens * blocks.shape[0] * dtype.itemsize
+        label = f"{type.name} tiles T={tokens} N={blocks.shape[0]} int8"
+        yield Case("gguf_linear", label, (x, [tiles], [type + TILED], None, "int8"), moved)
 
 
 def expert_cases(type: GGMLType, dtype: torch.dtype) -> Iterator[Case]:
@@ -49,9 +62,10 @@ def expert_cases(type: GGMLType, dtype: torch.dtype) -> Iterator[Case]:
 def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     for type in TYPES:
         blocks = formats.random_blocks(type, ATTENTION_WIDTH, HIDDEN)
-        for tokens in (1, 2, 4, 8, 16, 64, 512):
+        for tokens in TOKENS:
             yield linear_case(type, blocks, tokens, dtype, "int8")
         yield linear_case(type, blocks, 1, dtype, "full")
+        yield from tile_cases(type, blocks, dtype)
         yield linear_case(type, formats.random_blocks(type, HEAD_WIDTH, HIDDEN), 1, dtype, "int8")
         yield from expert_cases(type, dtype)
     for type in GGMLType:

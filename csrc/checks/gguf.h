@@ -6,18 +6,28 @@
 
 namespace ferrum {
 
-inline const gguf::Traits& check_gguf_type(const char* op, const char* name, int64_t type) {
-  const gguf::Traits* traits = gguf::find_traits(type);
-  FERRUM_CHECK(traits != nullptr, op, name, "expected a ggml type that ferrum_ops.formats.gguf.GGMLType lists, got ",
-               type);
-  return *traits;
+// A type as the ops take it: packed rows, or tiles of 16 rows.
+struct GgufFormat {
+  const gguf::Traits* traits;
+  bool tiled;
+
+  // Rows that stand together.
+  int64_t line_rows() const { return tiled ? gguf::kTileRows : 1; }
+};
+
+inline GgufFormat check_gguf_type(const char* op, const char* name, int64_t type) {
+  const bool tiled = type >= gguf::kTiled;
+  const gguf::Traits* traits = gguf::find_traits(tiled ? type - gguf::kTiled : type);
+  FERRUM_CHECK(traits != nullptr && (!tiled || traits->elements > 1), op, name,
+               "expected a ggml type that ferrum_ops.formats.gguf.GGMLType lists, got ", type);
+  return {traits, tiled};
 }
 
 // A type with packed blocks: products take no F32, F16 or BF16.
-inline const gguf::Traits& check_gguf_quantized(const char* op, const char* name, int64_t type) {
-  const gguf::Traits& traits = check_gguf_type(op, name, type);
-  FERRUM_CHECK(traits.elements > 1, op, name, "expected a quantised ggml type, got ", traits.name);
-  return traits;
+inline GgufFormat check_gguf_quantized(const char* op, const char* name, int64_t type) {
+  const GgufFormat format = check_gguf_type(op, name, type);
+  FERRUM_CHECK(format.traits->elements > 1, op, name, "expected a quantised ggml type, got ", format.traits->name);
+  return format;
 }
 
 inline void check_gguf_bytes(const char* op, const char* name, const Tensor& t) {
@@ -26,11 +36,14 @@ inline void check_gguf_bytes(const char* op, const char* name, const Tensor& t) 
   check_contiguous(op, name, t);
 }
 
-// Bytes of a packed row of `in_features` weights; `argument` is where in_features comes from.
-inline int64_t gguf_row_bytes(const char* op, const char* argument, const gguf::Traits& traits, int64_t in_features) {
-  FERRUM_CHECK(in_features >= 1 && in_features % traits.elements == 0, op, argument, "expected a multiple of ",
-               traits.elements, " input channels for ", traits.name, ", got ", in_features);
-  return in_features / traits.elements * traits.bytes;
+// Bytes of a packed row of `in_features` weights, or of a tile; `argument` is where in_features comes from.
+inline int64_t gguf_line_bytes(const char* op, const char* argument, const GgufFormat& format, int64_t in_features) {
+  const gguf::Traits& traits = *format.traits;
+  const int64_t elements = format.tiled ? gguf::kChunk : traits.elements;
+  FERRUM_CHECK(in_features >= 1 && in_features % elements == 0, op, argument, "expected a multiple of ", elements,
+               " input channels for ", format.tiled ? "tiles of " : "", traits.name, ", got ", in_features);
+  return format.tiled ? in_features / elements * gguf::tiling_of(traits.type).chunk_bytes()
+                      : in_features / elements * traits.bytes;
 }
 
 }  // namespace ferrum

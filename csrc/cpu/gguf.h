@@ -6,23 +6,27 @@
 
 namespace ferrum::cpu {
 
-// One matrix [rows, in_features] of packed rows: a product has its rows for output columns.
+// One matrix [rows, in_features] of packed rows, or of tiles of 16 rows: a product has its rows for output columns.
 struct GgufWeights {
   const gguf::Traits* traits;
   const uint8_t* blocks;
   int64_t rows, in_features;
+  bool tiled;
 
   int64_t row_bytes() const { return in_features / traits->elements * traits->bytes; }
+  int64_t tile_bytes() const { return gguf::chunks(in_features) * gguf::tiling_of(traits->type).chunk_bytes(); }
+  int64_t bytes() const { return tiled ? rows / gguf::kTileRows * tile_bytes() : rows * row_bytes(); }
 };
 
 // Prepared activations, in chunks of 256 with zeros behind the last one: int8 codes with a scale for each block of the
 // weights (256 or 32), or values kept in fp32. A code stands for code * scale; a block with a NaN or an infinity has
 // codes 0 and a scale that is NaN or infinite. Codes lie in [-127, 127].
 struct GgufActivations {
-  const int8_t* codes;  // [rows, 256 * chunks]
-  const float* scales;  // [rows, chunks] or [rows, 8 * chunks]
-  const int16_t* sums;  // [rows, 16 * chunks]: of 16 codes each
-  const float* values;  // [rows, 256 * chunks] when the activations are kept
+  const int8_t* codes;      // [rows, 256 * chunks]
+  const float* scales;      // [rows, chunks] or [rows, 8 * chunks]
+  const int16_t* sums;      // [rows, 16 * chunks]: of 16 codes each
+  const int16_t* run_sums;  // [rows, 8 * chunks]: of 32 codes each
+  const float* values;      // [rows, 256 * chunks] when the activations are kept
   int64_t chunks;
 };
 
@@ -48,9 +52,16 @@ constexpr int64_t kGgufRowBlock = 96;
 //   blocks of 32:  acc + the eight terms dot * (d * scale) - m * (scale * sum) added pairwise,
 //   ((0+1)+(2+3))+((4+5)+(6+7)).
 // Every level and every number of rows gives the same bits.
-FERRUM_DECLARE_LEVELS(void gguf_int8_columns(const GgufProduct& product);
-                      void gguf_full_columns(const GgufProduct& product);
-                      void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements,
-                                               float* out);)
+FERRUM_DECLARE_LEVELS(
+    void gguf_int8_columns(const GgufProduct& product); void gguf_full_columns(const GgufProduct& product);
+    void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out);
+    void gguf_dequantize_tile(const gguf::Traits& traits, const uint8_t* tile, int64_t elements,
+                              float* out);  // [16, elements]
+    void gguf_pack_tile(const gguf::Traits& traits, const uint8_t* rows, int64_t elements, uint8_t* tile);)
+#if defined(__x86_64__)
+namespace avx512 {
+void gguf_int8_tiles(const GgufProduct& product);  // gguf_int8_columns of tiled weights
+}
+#endif
 
 }  // namespace ferrum::cpu

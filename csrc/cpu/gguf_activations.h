@@ -33,6 +33,7 @@ class GgufRows {
         codes_(layout.int8 ? rows * layout.width() : 0),
         scales_(layout.int8 ? rows * layout.scales() : 0),
         sums_(layout.int8 ? rows * layout.width() / 16 : 0),
+        run_sums_(layout.int8 ? rows * layout.width() / 32 : 0),
         values_(layout.int8 ? 0 : rows * layout.width()) {}
 
   // Floats of scratch that `fill` wants: the row, and the sums that quantize_row also computes.
@@ -58,15 +59,21 @@ class GgufRows {
       }
       sums[j] = static_cast<int16_t>(sum);
     }
+    int16_t* run_sums = run_sums_.get() + row * width / 32;
+    for (int64_t j = 0; j < width / 32; ++j) {
+      run_sums[j] = static_cast<int16_t>(sums[2 * j] + sums[2 * j + 1]);
+    }
   }
 
-  GgufActivations view() const { return {codes_.get(), scales_.get(), sums_.get(), values_.get(), layout_.chunks()}; }
+  GgufActivations view() const {
+    return {codes_.get(), scales_.get(), sums_.get(), run_sums_.get(), values_.get(), layout_.chunks()};
+  }
 
  private:
   GgufLayout layout_;
   Scratch<int8_t> codes_;
   Scratch<float> scales_;
-  Scratch<int16_t> sums_;
+  Scratch<int16_t> sums_, run_sums_;
   Scratch<float> values_;
 };
 

@@ -33,6 +33,12 @@ struct SmallRegisters {
 
 inline __m256i load32(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline __m512i broadcast_word(const void* from) {
+  int32_t word;
+  __builtin_memcpy(&word, from, 4);
+  return _mm512_set1_epi32(word);
+}
+
 inline uint32_t half_bits(const uint8_t* bytes) {
   uint16_t bits;
   __builtin_memcpy(&bits, bytes, 2);

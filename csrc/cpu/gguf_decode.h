@@ -36,6 +36,11 @@ inline float half(const uint8_t* bytes) {
   return float_of_bits(sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
 }
 
+// 2^(e - 127), halved because the codes are doubled; subnormal for the two smallest exponents.
+inline float mxfp4_scale(uint8_t exponent) {
+  return float_of_bits(exponent < 2 ? 0x00200000u << exponent : static_cast<uint32_t>(exponent - 1) << 23);
+}
+
 // Element i in the low nibble of byte i, 16 + i in the high.
 inline void nibbles(const uint8_t* bytes, uint8_t* codes) {
   for (int i = 0; i < 16; ++i) {
@@ -90,8 +95,7 @@ inline void decode_small(const gguf::BlockIQ4_NL& b, uint8_t* codes, float& d, f
   look_up(b.codes, gguf::kNonlinear, 128, codes);
 }
 inline void decode_small(const gguf::BlockMXFP4& b, uint8_t* codes, float& d, float&) {
-  // 2^(e - 127), halved because the codes are doubled; subnormal for the two smallest exponents.
-  d = float_of_bits(b.exponent < 2 ? 0x00200000u << b.exponent : static_cast<uint32_t>(b.exponent - 1) << 23);
+  d = mxfp4_scale(b.exponent);
   look_up(b.codes, gguf::kE2M1, 12, codes);
 }
 

@@ -60,6 +60,9 @@ void int8_columns(const GgufProduct& p) {
 }  // namespace
 
 void gguf_int8_columns(const GgufProduct& product) {
+  if (product.weights.tiled) {
+    return gguf_int8_tiles(product);
+  }
   switch (product.weights.traits->type) {
     case Type::Q4_0:
       return int8_columns<Type::Q4_0>(product);

@@ -3,6 +3,7 @@
 
 #include "cpu/gguf.h"
 #include "cpu/gguf_decode.h"
+#include "cpu/gguf_tiles.h"
 
 namespace ferrum::cpu::FERRUM_LEVEL {
 namespace {
@@ -109,20 +110,28 @@ inline float* out_of(const GgufProduct& p, int64_t column) {
   return p.out + column / kGgufTile * p.tile_stride + column % kGgufTile;
 }
 
-inline const uint8_t* blocks_of(const GgufProduct& p, int64_t column) {
-  return p.weights.blocks + (p.first + column) * p.weights.row_bytes();
+// Chunk k of a column's weights, from packed rows or from tiles.
+inline void decode_column(const GgufProduct& p, int64_t column, int64_t k, Chunk& out) {
+  const gguf::Traits& traits = *p.weights.traits;
+  const int64_t row = p.first + column;
+  if (p.weights.tiled) {
+    const int64_t bytes = gguf::tiling_of(traits.type).chunk_bytes();
+    const uint8_t* tile = p.weights.blocks + row / gguf::kTileRows * p.weights.tile_bytes();
+    return decode_tile_row(traits.type, tile + k * bytes, row % gguf::kTileRows, out);
+  }
+  const int64_t bytes = gguf::kChunk / traits.elements * traits.bytes;
+  decode_chunk(traits.type, p.weights.blocks + row * p.weights.row_bytes() + k * bytes,
+               p.weights.in_features - k * gguf::kChunk, out);
 }
 
 inline void int8_columns(const GgufProduct& p) {
   const gguf::Traits& traits = *p.weights.traits;
   const bool small = traits.elements == gguf::kSmallBlock;
-  const int64_t chunk_bytes = gguf::kChunk / traits.elements * traits.bytes;
   Chunk chunk;
   for (int64_t c = 0; c < p.columns; ++c) {
-    const uint8_t* blocks = blocks_of(p, c);
     float* out = out_of(p, c);
-    for (int64_t k = 0; k < p.activations.chunks; ++k, blocks += chunk_bytes) {
-      decode_chunk(traits.type, blocks, p.weights.in_features - k * gguf::kChunk, chunk);
+    for (int64_t k = 0; k < p.activations.chunks; ++k) {
+      decode_column(p, c, k, chunk);
       for (int64_t r = 0; r < p.rows; ++r) {
         const ChunkRow x = chunk_row(p.activations, p.row_ids[r], k, small ? 8 : 1);
         const float before = k == 0 ? 0.0f : out[r * kGgufPanel];
@@ -171,7 +180,6 @@ inline void add_chunk(const float (*weights)[gguf::kChunk], const float* const* 
 
 inline void full_columns(const GgufProduct& p) {
   const gguf::Traits& traits = *p.weights.traits;
-  const int64_t chunk_bytes = gguf::kChunk / traits.elements * traits.bytes;
   alignas(64) float weights[kFullColumns][gguf::kChunk];
   Vec sums[kGgufRowBlock][kFullColumns];
   const float* values[kGgufRowBlock];
@@ -185,8 +193,7 @@ inline void full_columns(const GgufProduct& p) {
     }
     for (int64_t k = 0; k < p.activations.chunks; ++k) {
       for (int64_t c = 0; c < columns; ++c) {
-        decode_chunk(traits.type, blocks_of(p, first + c) + k * chunk_bytes, p.weights.in_features - k * gguf::kChunk,
-                     chunk);
+        decode_column(p, first + c, k, chunk);
         weights_of(traits, chunk, weights[c]);
       }
       for (int64_t c = columns; c < kFullColumns; ++c) {
@@ -217,6 +224,14 @@ void gguf_full_columns(const GgufProduct& product) { full_columns(product); }
 
 void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out) {
   dequantize_chunks(traits, blocks, elements, out);
+}
+
+void gguf_dequantize_tile(const gguf::Traits& traits, const uint8_t* tile, int64_t elements, float* out) {
+  dequantize_tile(traits, tile, elements, out);
+}
+
+void gguf_pack_tile(const gguf::Traits& traits, const uint8_t* rows, int64_t elements, uint8_t* tile) {
+  pack_tile(traits, rows, elements, tile);
 }
 
 #if !defined(FERRUM_LEVEL_AVX512)

@@ -43,10 +43,9 @@ void prepare(const Linear& p, const GgufRows& activations) {
 }
 
 // One task is a panel of 64 columns for a block of rows.
-void multiply_panel(const Linear& p, const Part& part, int64_t panel_index, int64_t first_row) {
+void multiply_panel(const Linear& p, const Part& part, int64_t panel_index, int64_t first_row, int64_t rows) {
   alignas(64) float panel[kGgufRowBlock * kGgufPanel];
   int32_t row_ids[kGgufRowBlock];
-  const int64_t rows = std::min(kGgufRowBlock, p.rows - first_row);
   for (int64_t r = 0; r < rows; ++r) {
     row_ids[r] = static_cast<int32_t>(first_row + r);
   }
@@ -68,7 +67,7 @@ void multiply(const Linear& p, const std::vector<Part>& parts) {
   int64_t panels = 0, bytes = 0;
   for (const Part& part : parts) {
     panels += part.panels;
-    bytes += part.weights.rows * part.weights.row_bytes();
+    bytes += part.weights.bytes();
   }
   const int64_t row_blocks = (p.rows + kGgufRowBlock - 1) / kGgufRowBlock;
   // A task smaller than about 10 us is not worth waking a thread for.
@@ -81,7 +80,8 @@ void multiply(const Linear& p, const std::vector<Part>& parts) {
       for (; panel >= parts[i].panels; ++i) {
         panel -= parts[i].panels;
       }
-      multiply_panel(p, parts[i], panel, task / panels * kGgufRowBlock);
+      const int64_t block = task / panels, first_row = p.rows * block / row_blocks;  // blocks as equal as can be
+      multiply_panel(p, parts[i], panel, first_row, p.rows * (block + 1) / row_blocks - first_row);
     }
   });
 }
@@ -97,12 +97,12 @@ int64_t check_linear(const Tensor& x, const std::vector<Tensor>& blocks, const s
                " tensors, got ", types.size());
   int64_t out_features = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
-    const gguf::Traits& traits = check_gguf_quantized(kOp, "types", types[i]);
-    const int64_t row_bytes = gguf_row_bytes(kOp, "x", traits, x.size(x.dim() - 1));
+    const GgufFormat format = check_gguf_quantized(kOp, "types", types[i]);
+    const int64_t line_bytes = gguf_line_bytes(kOp, "x", format, x.size(x.dim() - 1));
     check_gguf_bytes(kOp, "blocks", blocks[i]);
-    check_shape(kOp, "blocks", blocks[i], {-1, row_bytes});
+    check_shape(kOp, "blocks", blocks[i], {-1, line_bytes});
     FERRUM_CHECK(blocks[i].size(0) >= 1, kOp, "blocks", "expected at least 1 row, got shape ", shape_string(blocks[i]));
-    out_features += blocks[i].size(0);
+    out_features += blocks[i].size(0) * format.line_rows();
   }
   if (bias) {
     check_activation(kOp, "bias", *bias);
@@ -134,14 +134,15 @@ Tensor gguf_linear(const Tensor& x, std::vector<Tensor> blocks, std::vector<int6
   std::vector<Part> parts;
   int64_t column = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
-    const gguf::Traits& traits = *gguf::find_traits(types[i]);
+    const GgufFormat format = check_gguf_quantized(kOp, "types", types[i]);
+    const gguf::Traits& traits = *format.traits;
     std::unique_ptr<GgufRows>& mine = prepared[int8 && traits.elements == gguf::kChunk];
     if (!mine) {
       mine = std::make_unique<GgufRows>(GgufLayout(int8, traits, in_features), rows);
       prepare(problem, *mine);
     }
-    const int64_t columns = blocks[i].size(0);
-    const GgufWeights weights{&traits, data<uint8_t>(blocks[i]), columns, in_features};
+    const int64_t columns = blocks[i].size(0) * format.line_rows();
+    const GgufWeights weights{&traits, data<uint8_t>(blocks[i]), columns, in_features, format.tiled};
     parts.push_back({weights, mine.get(), column, (columns + kGgufPanel - 1) / kGgufPanel});
     column += columns;
   }

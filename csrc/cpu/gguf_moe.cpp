@@ -25,10 +25,10 @@ struct Stack {
 
   GgufWeights expert(int64_t e) const {
     GgufWeights w = first;
-    w.blocks += e * w.rows * w.row_bytes();
+    w.blocks += e * bytes();
     return w;
   }
-  int64_t bytes() const { return first.rows * first.row_bytes(); }  // of one expert
+  int64_t bytes() const { return first.bytes(); }  // of one expert
   int64_t panels(int64_t width) const { return (first.rows + width - 1) / width; }
 };
 
@@ -73,13 +73,16 @@ void check_routing(const char* op, const Tensor& ids, int64_t tokens) {
 
 Stack check_stack(const char* op, const char* name, const char* type_name, const Tensor& blocks, int64_t type,
                   int64_t experts, int64_t rows, const char* in_name, int64_t in_features) {
-  const gguf::Traits& traits = check_gguf_quantized(op, type_name, type);
-  const int64_t row_bytes = gguf_row_bytes(op, in_name, traits, in_features);
+  const GgufFormat format = check_gguf_quantized(op, type_name, type);
+  const int64_t line_bytes = gguf_line_bytes(op, in_name, format, in_features);
   check_gguf_bytes(op, name, blocks);
-  check_shape(op, name, blocks, {experts, rows, row_bytes});
+  FERRUM_CHECK(rows % format.line_rows() == 0 || rows < 0, op, name, "expected rows in packed rows, not in tiles of ",
+               gguf::kTileRows, ", for ", rows, " rows");
+  check_shape(op, name, blocks, {experts, rows < 0 ? rows : rows / format.line_rows(), line_bytes});
   FERRUM_CHECK(blocks.size(0) >= 1 && blocks.size(1) >= 1, op, name, "expected at least 1 expert and 1 row, got shape ",
                shape_string(blocks));
-  return {{&traits, data<uint8_t>(blocks), blocks.size(1), in_features}, blocks.size(0)};
+  const int64_t stacked = blocks.size(1) * format.line_rows();
+  return {{format.traits, data<uint8_t>(blocks), stacked, in_features, format.tiled}, blocks.size(0)};
 }
 
 Tensor gguf_moe_linear(const Tensor& x, const Tensor& blocks, int64_t type, const Tensor& topk_ids,

@@ -76,12 +76,6 @@ void unpack_panel(const GgufProduct& p, int64_t tile, int64_t k, Panel<N>& panel
   }
 }
 
-inline __m512i broadcast_word(const void* from) {
-  int32_t word;
-  __builtin_memcpy(&word, from, 4);
-  return _mm512_set1_epi32(word);
-}
-
 // Adds `quads` steps of four elements from step `first` on to the dot products of R rows with N tiles.
 template <int R, int N>
 inline __attribute__((always_inline)) void add_products(const __m512i (*codes)[N], int first, int quads,

@@ -5,7 +5,9 @@ import torch
 
 import ferrum_ops
 from ferrum_ops.formats import gguf as formats
+from ferrum_ops.formats import gguf_tiles
 from ferrum_ops.formats.gguf import BLOCK_SIZES, QUANTIZED_TYPES, GGMLType
+from ferrum_ops.formats.gguf_tiles import TILED
 from ferrum_ops.ops.gguf import gguf_linear_ref, random_stack
 from ferrum_ops.testing.compare import assert_close, relative_error
 
@@ -85,6 +87,103 @@ def test_int8_has_the_same_bits_on_every_level_and_in_every_batch(type):
             for rows in ROWS:
                 assert torch.equal(ferrum_ops.gguf_linear(x[:rows], [blocks], [type], None, "int8"), whole[:rows])
             assert torch.equal(ferrum_ops.gguf_linear(x[57:58], [blocks], [type], None, "int8"), whole[57:58])
+
+
+@pytest.mark.parametrize("type", QUANTIZED_TYPES, ids=lambda t: t.name)
+def test_tiles_are_the_same_weights_and_give_the_same_bits(isa, type):
+    blocks = formats.random_blocks(type, 80, 512)
+    tiles = ferrum_ops.gguf_pack(blocks, type)
+    assert torch.equal(tiles, gguf_tiles.pack(blocks, type))
+    weight = formats.dequantize(blocks, type)
+    assert torch.equal(gguf_tiles.dequantize(tiles, type), weight)
+    assert torch.equal(ferrum_ops.gguf_dequantize(tiles, type + TILED, torch.float32), weight)
+    x = torch.randn(max(ROWS), 512)
+    for activation in ("int8", "full"):
+        whole = ferrum_ops.gguf_linear(x, [blocks], [type], None, activation)
+        for rows in (*range(1, 14), 49, 100):
+            assert torch.equal(
+                ferrum_ops.gguf_linear(x[:rows], [tiles], [type + TILED], None, activation), whole[:rows]
+            )
+
+
+@pytest.mark.parametrize("type", QUANTIZED_TYPES, ids=lambda t: t.name)
+def test_any_bits_survive_packing(isa, type):
+    """Uniform bits hold every code and scale there is: NaN, infinite, subnormal, negative."""
+    blocks = torch.randint(0, 256, (48, formats.row_bytes(type, 512)), dtype=torch.uint8)
+    tiles = ferrum_ops.gguf_pack(blocks, type)
+    assert torch.equal(tiles, gguf_tiles.pack(blocks, type))
+    weight = ferrum_ops.gguf_dequantize(tiles, type + TILED, torch.float32)
+    torch.testing.assert_close(weight, formats.dequantize(blocks, type), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["int8", "full"])
+def test_experts_in_tiles_give_the_same_bits(isa, activation):
+    types = [GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K]
+    stacks = [random_stack(t, 6, 256, 256, seed) for seed, t in enumerate(types)]
+    tiles = [ferrum_ops.gguf_pack(s, t) for s, t in zip(stacks, types)]
+    for tokens in (1, 7, 90):
+        x, weights = torch.randn(tokens, 256), torch.rand(tokens, 3)
+        ids = torch.rand(tokens, 7).argsort(1)[:, :3].to(torch.int32)
+        expected = ferrum_ops.moe_experts_gguf(x, ids, weights, *stacks, types, activation)
+        for tiled in ((0, 1, 2), (1,), (0, 2)):
+            mixed = [tiles[i] if i in tiled else stacks[i] for i in range(3)]
+            mixed_types = [t + TILED * (i in tiled) for i, t in enumerate(types)]
+            got = ferrum_ops.moe_experts_gguf(x, ids, weights, *mixed, mixed_types, activation)
+            assert torch.equal(got, expected)
+        expected = ferrum_ops.gguf_moe_linear(x, stacks[0], types[0], ids, activation)
+        got = ferrum_ops.gguf_moe_linear(x, tiles[0], types[0] + TILED, ids, activation)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "blocks, type, argument, message",
+    [
+        (BYTES, GGMLType.F16, "type", "expected a quantised ggml type, got F16"),
+        (BYTES, GGMLType.Q4_K + TILED, "type", "expected packed rows, got tiles"),
+        (
+            BYTES,
+            GGMLType.Q4_K,
+            "blocks",
+            r"expected a multiple of 16 rows .* 144 bytes .* for Q4_K, got shape \(2, 144\)",
+        ),
+        (
+            torch.zeros(16, 34, dtype=torch.uint8),
+            GGMLType.Q8_0,
+            "blocks",
+            "expected a multiple of 16 rows .* 272 bytes",
+        ),
+        (
+            torch.zeros(144, dtype=torch.uint8),
+            GGMLType.Q4_K,
+            "blocks",
+            r"expected a multiple of 16 rows .*, got shape \(144\)",
+        ),
+        (torch.zeros(16, 288, dtype=torch.uint8)[:, ::2], GGMLType.Q4_K, "blocks", "expected a contiguous tensor"),
+    ],
+)
+def test_bad_pack_argument_is_named(blocks, type, argument, message):
+    with pytest.raises(RuntimeError, match=rf"\[gguf_pack\] {argument}: {message}"):
+        ferrum_ops.gguf_pack(blocks, type)
+
+
+@pytest.mark.parametrize(
+    "blocks, type, argument, message",
+    [
+        (
+            torch.zeros(2, 288, dtype=torch.uint8),
+            GGMLType.Q4_K + TILED,
+            "blocks",
+            r"shape \(\*, 4736\), got \(2, 288\)",
+        ),
+        (torch.zeros(2, 4736, dtype=torch.uint8), GGMLType.F16 + TILED, "types", "expected a ggml type .*, got 65537"),
+        (torch.zeros(2, 4736, dtype=torch.uint8), TILED * 2, "types", "expected a ggml type .*, got 131072"),
+    ],
+)
+def test_bad_tiles_are_named(blocks, type, argument, message):
+    with pytest.raises(RuntimeError, match=rf"\[gguf_linear\] {argument}: .*{message}"):
+        ferrum_ops.gguf_linear(torch.zeros(3, 512), [blocks], [type], None, "int8")
+    with pytest.raises(RuntimeError, match=r"\[gguf_linear\] x: expected a multiple of 256 .* tiles of Q8_0, got 288"):
+        ferrum_ops.gguf_linear(torch.zeros(3, 288), [blocks], [GGMLType.Q8_0 + TILED], None, "int8")
 
 
 @pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q8_0], ids=lambda t: t.name)
