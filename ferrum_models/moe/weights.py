@@ -297,13 +297,13 @@ class Int4ExpertWeights(ExpertWeights):
 @register_layout
 @dataclass(frozen=True)
 class GgufExpertWeights(ExpertWeights):
-    """GGUF blocks as they lie in the file."""
+    """GGUF blocks as they lie in the file, or in tiles (`ferrum_ops.gguf_pack`)."""
 
     layout = "gguf"
-    gate_blocks: torch.Tensor  # uint8 [E, I, bytes of H weights]
+    gate_blocks: torch.Tensor  # uint8 [E, I, bytes of H weights] or, in tiles, [E, I/16, bytes]
     up_blocks: torch.Tensor  # like gate_blocks
     down_blocks: torch.Tensor  # uint8 [E, H, bytes of I weights]
-    gate_type: int  # ggml's numbers
+    gate_type: int  # ggml's numbers, for tiles plus TILED
     up_type: int
     down_type: int
     activation: str  # "int8" or "full"

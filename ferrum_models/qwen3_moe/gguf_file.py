@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import ferrum_ops
 from ferrum_models.checkpoint import CheckpointError
 from ferrum_ops.formats import gguf as formats
 
@@ -60,6 +61,13 @@ class GgufTensor:
             return torch.empty(*self.shape[:-1], 0, dtype=torch.uint8)
         flat = torch.frombuffer(self.file.mapping, dtype=torch.uint8, count=self.nbytes, offset=self.start)
         return flat.view(*self.shape[:-1], -1)
+
+    def tiles(self) -> torch.Tensor:
+        """`ferrum_ops.gguf_pack` of the blocks, in ordinary memory; the file's pages leave the process again."""
+        packed = ferrum_ops.gguf_pack(self.blocks(), self.type)
+        page = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.file.mapping.madvise(mmap.MADV_DONTNEED, page, self.start + self.nbytes - page)
+        return packed
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in ordinary memory."""

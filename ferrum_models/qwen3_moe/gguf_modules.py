@@ -1,4 +1,4 @@
-"""Modules whose weights are GGUF blocks, as a rule views of the mapped file."""
+"""Modules whose weights are GGUF blocks: views of the mapped file, or tiles."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 import ferrum_ops
 from ferrum_models.quantization.modules import _FormatModule
 from ferrum_ops.formats import gguf as formats
+from ferrum_ops.formats.gguf_tiles import TILED
+from ferrum_ops.ops.gguf import in_features, num_rows
 
 
 class _GgufModule(_FormatModule):
@@ -24,7 +26,9 @@ class _GgufModule(_FormatModule):
 
 
 class GgufLinear(_GgufModule):
-    """`x @ W.T` with the rows of one or more packed matrices: `blocks_i` uint8 `[N_i, bytes]` of `types[i]`."""
+    """`x @ W.T` with the rows of one or more packed matrices: `blocks_i` uint8 `[N_i, bytes]` of `types[i]`, or tiles
+    `[N_i/16, bytes]`.
+    """
 
     def __init__(
         self, blocks: Sequence[torch.Tensor], types: Sequence[int], activation: str, dtype: torch.dtype
@@ -34,8 +38,8 @@ class GgufLinear(_GgufModule):
         for i, tensor in enumerate(blocks):
             self.register_buffer(f"blocks_{i}", tensor)
         self.types = tuple(int(t) for t in types)
-        self.in_features = formats.row_elements(self.types[0], blocks[0].shape[-1])
-        self.out_features = sum(tensor.shape[0] for tensor in blocks)
+        self.in_features = in_features(blocks[0], self.types[0])
+        self.out_features = sum(num_rows(tensor.shape[0], type) for tensor, type in zip(blocks, self.types))
         self.activation = activation
 
     def blocks(self) -> list[torch.Tensor]:
@@ -58,7 +62,7 @@ class GgufLinear(_GgufModule):
         self.activation = name
 
     def extra_repr(self) -> str:
-        names = ", ".join(formats.GGMLType(t).name for t in self.types)
+        names = ", ".join(formats.GGMLType(t % TILED).name + " tiles" * (t >= TILED) for t in self.types)
         return f"in_features={self.in_features}, out_features={self.out_features}, types={names}"
 
 

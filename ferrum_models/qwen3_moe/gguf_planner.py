@@ -1,6 +1,8 @@
 """What a GGUF file becomes: every tensor of the finished model and the modules that hold blocks.
 
-Packed tensors are views of the mapped file: loading reads none of them, and the steady state is the file's pages.
+Packed tensors are views of the mapped file: loading reads none of them, and the steady state is the file's pages. With
+`repack` the matrices are copied into tiles (`ferrum_ops.gguf_pack`) in memory of their own; the embedding, of which a
+token reads one row, stays in the file.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint, GgufTensor
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
 from ferrum_models.qwen3_moe.planner import Plan
 from ferrum_models.report import ModuleReport
+from ferrum_ops.formats import gguf_tiles
 from ferrum_ops.formats.gguf import FLOAT_TYPES, QUANTIZED_TYPES
 
 
@@ -42,9 +45,10 @@ class GgufPlanner:
         dtype: torch.dtype,
         device: torch.device,
         activation: str,
+        repack: bool = False,
     ) -> None:
         self.config, self.checkpoint = config, checkpoint
-        self.dtype, self.device, self.activation = dtype, device, activation
+        self.dtype, self.device, self.activation, self.repack = dtype, device, activation, repack
         self.used: set[str] = set()
         self.dequantized: list[GgufTensor] = []
         self.result = Plan()
@@ -92,8 +96,25 @@ class GgufPlanner:
         tensor = self.tensor(name, shape)
         self.result.tensors[path] = LazyTensor(shape, self.dtype, lambda: tensor.dequantize(self.dtype))
 
-    def add_blocks(self, path: str, tensor: GgufTensor) -> None:
-        self.result.tensors[path] = LazyTensor(block_shape(tensor), torch.uint8, tensor.blocks)
+    def tiled(self, tensor: GgufTensor) -> bool:
+        """Whether a matrix is repacked. One that does not divide into tiles stays in the file."""
+        return self.repack and gguf_tiles.fits(tensor.shape[-2], tensor.shape[-1], tensor.type)
+
+    def matrix(self, tensor: GgufTensor) -> tuple[tuple[int, ...], int]:
+        """The shape and the type that the ops get."""
+        if self.tiled(tensor):
+            *outer, rows, in_features = tensor.shape
+            shape = (*outer, rows // gguf_tiles.ROWS, gguf_tiles.tile_bytes(tensor.type, in_features))
+            return shape, tensor.type + gguf_tiles.TILED
+        return block_shape(tensor), tensor.type
+
+    def add_matrix(self, path: str, tensor: GgufTensor) -> None:
+        build = tensor.tiles if self.tiled(tensor) else tensor.blocks
+        self.result.tensors[path] = LazyTensor(self.matrix(tensor)[0], torch.uint8, build)
+
+    def add_matrix_report(self, path: str, tensors: list[GgufTensor]) -> None:
+        """Bytes as they will lie in memory or in the file."""
+        self.add_report(path, "gguf", tensors, sum(prod(self.matrix(t)[0]) for t in tensors))
 
     def add_report(self, path: str, layout: str, tensors: list[GgufTensor], nbytes: int) -> None:
         dense = sum(prod(t.shape) for t in tensors) * self.dtype.itemsize
@@ -111,11 +132,11 @@ class GgufPlanner:
             return
         shape = block_shape(tensor)
         self.result.modules[path] = lambda: GgufEmbedding(meta(shape, torch.uint8), tensor.type, self.dtype)
-        self.add_blocks(f"{path}.blocks", tensor)
+        self.result.tensors[f"{path}.blocks"] = LazyTensor(shape, torch.uint8, tensor.blocks)
         self.add_report(path, "gguf", [tensor], tensor.nbytes)
 
     def output(self) -> None:
-        """The head; a file without one uses the embedding's blocks a second time, which costs no memory."""
+        """The head; a file without one uses the embedding's blocks a second time."""
         if OUTPUT not in self.checkpoint.tensors and self.config.tie_word_embeddings:
             return
         name = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING
@@ -134,13 +155,13 @@ class GgufPlanner:
             self.dense_linear(path, tensors)
 
     def packed_linear(self, path: str, tensors: list[GgufTensor]) -> None:
-        shapes, types = [block_shape(t) for t in tensors], [t.type for t in tensors]
+        shapes, types = zip(*(self.matrix(t) for t in tensors))
         self.result.modules[path] = lambda: GgufLinear(
             [meta(shape, torch.uint8) for shape in shapes], types, self.activation, self.dtype
         )
         for i, tensor in enumerate(tensors):
-            self.add_blocks(f"{path}.blocks_{i}", tensor)
-        self.add_report(path, "gguf", tensors, sum(t.nbytes for t in tensors))
+            self.add_matrix(f"{path}.blocks_{i}", tensor)
+        self.add_matrix_report(path, tensors)
 
     def dense_linear(self, path: str, tensors: list[GgufTensor]) -> None:
         out_features, in_features = sum(t.shape[0] for t in tensors), tensors[0].shape[1]
@@ -163,14 +184,15 @@ class GgufPlanner:
             return
 
         def module() -> nn.Module:
-            made: dict[str, Any] = {f"{name}_blocks": meta(block_shape(t), torch.uint8) for name, t in tensors.items()}
-            made |= {f"{name}_type": t.type for name, t in tensors.items()}
+            matrices = {name: self.matrix(t) for name, t in tensors.items()}
+            made: dict[str, Any] = {f"{name}_blocks": meta(shape, torch.uint8) for name, (shape, _) in matrices.items()}
+            made |= {f"{name}_type": type for name, (_, type) in matrices.items()}
             return PackedExperts(GgufExpertWeights(**made, activation=self.activation))
 
         self.result.modules[path] = module
         for name, tensor in tensors.items():
-            self.add_blocks(f"{path}.{name}_blocks", tensor)
-        self.add_report(path, "gguf", list(tensors.values()), sum(t.nbytes for t in tensors.values()))
+            self.add_matrix(f"{path}.{name}_blocks", tensor)
+        self.add_matrix_report(path, list(tensors.values()))
 
     def dense_experts(self, path: str, gate: GgufTensor, up: GgufTensor, down: GgufTensor) -> None:
         count, width, hidden = gate.shape

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, Qwen3MoeConfig
 from transformers.utils import cached_file
 
+import ferrum_ops
 from ferrum_models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
 from ferrum_models.quantization.layout import LAYOUTS
 from ferrum_models.quantization.settings import GptqSettings
@@ -50,6 +51,7 @@ def load_pretrained(
     quantize: str | None,
     lm_head: str | None,
     layout: str | None,
+    gguf_repack: bool | None,
     runtime_config: RuntimeConfig,
     **kwargs: Any,
 ) -> Qwen3MoeForCausalLM:
@@ -78,8 +80,10 @@ def load_pretrained(
             for name, value in (("lm_head", lm_head), ("layout", layout)):
                 if value is not None:
                     raise ValueError(f"[{name}] expected None for a GGUF file, got {value!r}")
-            planned = plan_gguf(gguf_file, config, kwargs, dtypes, **settings)
+            planned = plan_gguf(gguf_file, config, kwargs, dtypes, repack=gguf_repack, **settings)
         else:
+            if gguf_repack is not None:
+                raise ValueError(f"[gguf_repack] expected None for a checkpoint that is not GGUF, got {gguf_repack!r}")
             directory = find_directory(name_or_path, hub)
             settings |= {"lm_head": lm_head, "layout": layout, "runtime": runtime_config}
             planned = plan_safetensors(directory, config, kwargs, dtypes, **settings)
@@ -180,6 +184,7 @@ def plan_gguf(
     device: torch.device,
     activation: str,
     quantize: str | None,
+    repack: bool | None,
 ) -> Planned:
     refuse_quantize(quantize)
     checkpoint = GgufCheckpoint(file)
@@ -190,7 +195,9 @@ def plan_gguf(
         for name, value in changed.items():
             setattr(config, name, value)
     dtype = resolve_dtype(*dtypes, config)
-    plan = GgufPlanner(config, checkpoint, dtype=dtype, device=device, activation=activation).plan()
+    if repack is None:
+        repack = device.type == "cpu" and ferrum_ops.cpu_isa() == "avx512"
+    plan = GgufPlanner(config, checkpoint, dtype=dtype, device=device, activation=activation, repack=repack).plan()
     return Planned(config, plan, dtype, arguments, None, generation_config(checkpoint))
 
 

@@ -253,6 +253,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         quantize: str | None = None,
         lm_head: str | None = None,
         layout: str | None = None,
+        gguf_repack: bool | None = None,
         runtime_config: RuntimeConfig | None = None,
         **kwargs: Any,
     ) -> Qwen3MoeForCausalLM:
@@ -270,6 +271,9 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             layout: of the quantised weights: "marlin" (tensor cores; a reference elsewhere), "gptq" (as on disk),
                 "int4_cpu" or "dense"; None picks the device's own, marlin on CUDA and int4_cpu on the CPU. What a
                 layout has no form for takes another one, and a warning says why.
+            gguf_repack: True copies a GGUF file's packed matrices into tiles while loading (`ferrum_ops.gguf_pack`):
+                about as many bytes, in memory of their own, the same results and faster. False leaves them in the
+                mapped file: nothing is read while loading. None: True on a CPU with kernels for tiles (AVX512).
             runtime_config: the knobs of this model, kept as `model.runtime_config`; None takes them from FERRUM_*
                 variables.
             kwargs: as in transformers: `dtype` (of the activations), `device_map`, `attn_implementation`, `config`, ...
@@ -289,6 +293,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             quantize=quantize,
             lm_head=lm_head,
             layout=layout,
+            gguf_repack=gguf_repack,
             runtime_config=RuntimeConfig() if runtime_config is None else runtime_config,
             **kwargs,
         )

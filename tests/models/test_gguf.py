@@ -10,12 +10,14 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("gguf")
 
+import ferrum_ops
 from ferrum_models import CheckpointError, Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe.gguf_config import qwen3_moe_config
 from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
 from ferrum_models.qwen3_moe.gguf_planner import GgufPlanner
 from ferrum_ops.formats.gguf import GGMLType
+from ferrum_ops.formats.gguf_tiles import TILED
 from ferrum_ops.testing.compare import relative_error
 from tests.models.make_gguf import Tiny, read, transformers_model, write
 
@@ -52,18 +54,24 @@ def test_logits_are_transformers(tmp_path, mixture):
     tiny = Tiny(types=MIXTURES[mixture])
     path = write(tmp_path / "model.gguf", tiny)
     expected = transformers_model(tiny, read(path))(IDS).logits
-    model = load(path, activation="full")
+    tiled = load(path, gguf_repack=True)
+    model = load(path, activation="full", gguf_repack=False)
     for implementation in IMPLEMENTATIONS:
         model.set_moe_implementation(implementation)
         assert relative_error(model(IDS).logits, expected) < 1e-4
     model.set_activation("int8")
+    for implementation in IMPLEMENTATIONS:
+        for m in (model, tiled):
+            m.set_moe_implementation(implementation)
+        assert torch.equal(tiled(IDS).logits, model(IDS).logits)
     cosine = torch.cosine_similarity(model(IDS).logits.flatten(), expected.flatten(), dim=0)
     assert cosine > 0.99  # tokens whose routing is close go to other experts
 
 
 @pytest.mark.parametrize("file", ["Q4_K_M", "Q8_0"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_shared_files(file, implementation):
+@pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
+def test_shared_files(file, implementation, repack):
     if not DATA.exists():
         pytest.skip(f"needs {DATA}")
     ids = torch.tensor([[int(i) for i in (DATA / "ids.txt").read_text().split()]])
@@ -71,7 +79,7 @@ def test_shared_files(file, implementation):
         torch.from_numpy(np.fromfile(DATA / f"{file}{kind}.logits", dtype="<f4").reshape(24, 512))
         for kind in (".fp32", "")
     )
-    model = load(DATA / f"{file}.gguf", activation="full", moe_implementation=implementation)
+    model = load(DATA / f"{file}.gguf", activation="full", moe_implementation=implementation, gguf_repack=repack)
     logits = model(ids).logits[0]
     assert relative_error(logits, oracle) < 1e-4
     assert torch.equal(logits.argmax(-1), oracle.argmax(-1))
@@ -81,9 +89,10 @@ def test_shared_files(file, implementation):
         assert torch.cosine_similarity(logits.flatten(), other.flatten(), dim=0) > 0.999
 
 
-def test_weights_are_the_files_bytes(q4_k_m):
+@pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
+def test_weights_are_the_files(q4_k_m, repack):
     tiny, path = q4_k_m
-    model, weights = load(path), read(path)
+    model, weights = load(path, gguf_repack=repack), read(path)
     saved = model.state_dict_to_save()
     assert torch.equal(saved["model.embed_tokens.weight"], weights["token_embd.weight"])
     assert torch.equal(saved["lm_head.weight"], weights["output.weight"])
@@ -105,7 +114,7 @@ def test_weights_are_the_files_bytes(q4_k_m):
 def test_blocks_stay_in_the_mapped_file(q4_k_m):
     """No second copy: every packed buffer lies in a mapping of the file."""
     _, path = q4_k_m
-    model = load(path)
+    model = load(path, gguf_repack=False)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     if not maps:
         pytest.skip("needs /proc/self/maps")
@@ -119,9 +128,38 @@ def test_blocks_stay_in_the_mapped_file(q4_k_m):
     assert model.memory_footprint() < on_disk * 1.05
 
 
+def test_tiles_are_all_that_is_in_memory(q4_k_m):
+    """Every matrix that divides into tiles stands in them, about as large; the others and the embedding stay mapped."""
+    _, path = q4_k_m
+    model, mapped = load(path, gguf_repack=True), load(path, gguf_repack=False)
+    layer = model.model.layers[0]
+    assert all(t >= TILED for t in layer.self_attn.qkv_proj.types)
+    assert layer.mlp.experts.weights.down_type == GGMLType.Q6_K + TILED
+    assert model.lm_head.types == (GGMLType.Q6_K,)  # 100 rows
+    assert model.model.embed_tokens.blocks.shape == mapped.model.embed_tokens.blocks.shape
+    assert model.memory_footprint() < mapped.memory_footprint() * 1.03
+    packed = sum(b.nbytes for b in model.buffers() if b.dtype == torch.uint8)
+    assert sum(m.nbytes for m in model.load_report.modules) == packed
+    assert "Q4_K tiles" in repr(layer.self_attn.qkv_proj)
+
+
+def test_repacking_is_the_default_where_there_are_kernels_for_it(q4_k_m):
+    _, path = q4_k_m
+    for level in ferrum_ops.CPU_ISA_LEVELS[: ferrum_ops.CPU_ISA_LEVELS.index(ferrum_ops.cpu_isa()) + 1]:
+        with ferrum_ops.use_cpu_isa(level):
+            types = load(path).model.layers[0].self_attn.o_proj.types
+        assert types == (GGMLType.Q4_K + (TILED if level == "avx512" else 0),)
+
+
+def test_repacking_is_refused_without_a_gguf_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"\[gguf_repack\] expected None for a checkpoint that is not GGUF, got True"):
+        load(tmp_path, gguf_repack=True)
+
+
 def test_fused_projection_is_one_module(q4_k_m):
     _, path = q4_k_m
-    model = load(path)
+    model = load(path, gguf_repack=False)
     qkv = model.model.layers[0].self_attn.qkv_proj
     assert isinstance(qkv, GgufLinear) and qkv.types == (GGMLType.Q4_K, GGMLType.Q4_K, GGMLType.Q6_K)
     assert isinstance(model.model.embed_tokens, GgufEmbedding)
@@ -235,10 +273,11 @@ def test_generate_dequantises_no_table(q4_k_m, monkeypatch):
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
 
 
+@pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_compiles_in_one_graph(q4_k_m, implementation):
+def test_compiles_in_one_graph(q4_k_m, implementation, repack):
     _, path = q4_k_m
-    model = load(path, moe_implementation=implementation)
+    model = load(path, moe_implementation=implementation, gguf_repack=repack)
     expected = model(IDS).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     assert torch.equal(compiled(IDS).logits, expected)
