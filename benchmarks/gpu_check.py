@@ -3,8 +3,8 @@
 `python -m benchmarks.gpu_check [--out build/gpu] [--seconds 480]`
 
 Needs a torch with CUDA, nvcc, pytest and ninja in the running interpreter's environment, and installs nothing. Writes
-FOLDER/{build,tests,benchmarks,model,memcheck,racecheck}.log, ops.{json,md}, model.{json,md} and summary.md. The exit status is that of the
-build, the tests and the benchmarks; compute-sanitizer counts where it works.
+FOLDER/{build,tests,benchmarks,model,memcheck,racecheck}.log, {ops,model}.{json,md} and summary.md. The exit status is
+that of the build, the tests and the benchmarks; compute-sanitizer counts where it works.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.gpu_model [--out FOLDER] [--batch 1 8 32 128] [--layers 48 ...] [--candidates graph ...]`
 
-Writes FOLDER/model.json and FOLDER/model.md. The defaults are Qwen3-30B-A3B's sizes. One layer goes through a checkpoint
-and the loader, as any does; the others are copies of it on the device with the experts in another order and a router
-of their own, and the embedding and lm_head are made there, so that no file of the model's size is written.
+Writes FOLDER/model.json and FOLDER/model.md. The defaults are Qwen3-30B-A3B's sizes. One layer goes through a
+checkpoint and the loader, as any does; the others are copies of it on the device with the experts in another order and
+a router of their own, and the embedding and lm_head are made there: no file of the model's size is written.
 
 The ceiling is the bytes that a step has to read (weights of the experts that uniform routing picks, everything else
 once, keys and values) over the bandwidth of a copy measured in the same run. Candidates: "graph", recorded steps
@@ -59,10 +59,9 @@ def another_layer(template: Any, index: int, sizes: Sizes) -> Any:
     layer.self_attn.layer_idx = index
     experts = layer.mlp.experts
     for tensors in (experts._buffers, experts._parameters):
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.dim() > 1 and tensor.shape[0] == sizes.experts:
-                tensor.copy_(tensor.roll(index, 0))
-                assert tensors[name] is tensor
+        for tensor in tensors.values():
+            if tensor is not None and sizes.experts in tensor.shape[:2] and tensor.dim() > 2:
+                tensor.copy_(tensor.roll(index, tensor.shape.index(sizes.experts)))
     gate = layer.mlp.gate
     gate.weight = random_parameter(gate.weight.shape, sizes.hidden**-0.5, gate.weight.dtype, gate.weight.device)
     return layer
