@@ -6,6 +6,7 @@ that does nothing but the work to be timed. The check therefore holds every peer
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,6 +36,10 @@ class Int4Matrix:
 
     def dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return (self.codes.to(dtype) - 8) * self.scales.to(dtype).repeat_interleave(self.group_size, dim=1)
+
+    def with_scales(self, dtype: torch.dtype) -> Int4Matrix:
+        """The same with rounded scales, for engines that hold them so."""
+        return Int4Matrix(self.codes, self.scales.to(dtype))
 
     def two_per_byte(self) -> torch.Tensor:
         """uint8 `[N, K/2]`, the even channel in the low nibble."""
@@ -71,6 +76,16 @@ class MoeWeights:
     def stack(self, per_expert: list[torch.Tensor]) -> torch.Tensor:
         """One tensor per distinct expert -> one for the layer, `[E, ...]`."""
         return torch.stack(per_expert)[torch.arange(self.shape.experts) % len(per_expert)]
+
+    def with_scales(self, dtype: torch.dtype) -> MoeWeights:
+        """The same with rounded scales."""
+        gate, up, down = ([m.with_scales(dtype) for m in matrices] for matrices in (self.gate, self.up, self.down))
+        return MoeWeights(self.shape, gate, up, down)
+
+    def expert(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate, up `[I, H]` and down `[H, I]` of one expert, in float64."""
+        index %= len(self.gate)
+        return self.gate[index].dense(), self.up[index].dense(), self.down[index].dense()
 
 
 def random_experts(shape: MoeShape, seed: int = 0) -> MoeWeights:
@@ -124,6 +139,14 @@ class Peer(Protocol):
     linear: Callable[[Int4Matrix], Linear] | None
 
 
+def needs(*modules: str, cuda: bool = False) -> str | None:
+    """Why a peer that needs these modules, and maybe a GPU, cannot run here, or None."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    return "no CUDA device" if cuda and not torch.cuda.is_available() else None
+
+
 class WrongResult(AssertionError):
     """A peer's result is not that of its weights: it is not timed."""
 
@@ -138,13 +161,13 @@ def check_block(peer: Peer, block: MoeBlock, hidden: torch.Tensor, ids: torch.Te
         for index, weight in zip(ids[row].tolist(), weights[row].double()):
             gate, up, down = block.expert(index)
             expected[i] += weight * (down @ (F.silu(gate @ x) * (up @ x)))
-    return _check(peer, got[rows], expected)
+    return _check(peer, got[rows].cpu(), expected)
 
 
 def check_linear(peer: Peer, linear: Linear, x: torch.Tensor) -> float:
     """As `check_block`."""
     rows = torch.linspace(0, x.shape[0] - 1, CHECKED_ROWS).long().unique()
-    return _check(peer, linear.bind(x)()[rows], x[rows].double() @ linear.dense().T)
+    return _check(peer, linear.bind(x)()[rows.tolist()].cpu(), x[rows].double() @ linear.dense().T)
 
 
 def _check(peer: Peer, got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.peers import PEERS, select
+from benchmarks.peers import GPU_PEERS, PEERS, select
+from benchmarks.peers.ferrum_marlin import FerrumMarlin
 from benchmarks.peers.interface import MoeShape, WrongResult, check_block, check_linear, random_experts, random_int4
+from benchmarks.peers.torch_grouped import TorchGrouped
 
 SHAPE = MoeShape(hidden=256, width=256, experts=9, top_k=3, group_size=128)
 
@@ -14,7 +16,9 @@ def peer_params(method):
         reason = peer.available()
         return pytest.param(peer, id=peer.name, marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
 
-    return [param(peer) for peer in PEERS if getattr(peer, method) is not None]
+    # Of those for a GPU, the ones that have references can be checked anywhere.
+    peers = [*PEERS, *GPU_PEERS, FerrumMarlin("cpu"), TorchGrouped("cpu")]
+    return [param(peer) for peer in peers if getattr(peer, method, None) is not None]
 
 
 def routed(tokens):
@@ -60,4 +64,6 @@ def test_a_peer_that_is_not_installed_is_left_out_by_name(monkeypatch):
     peers, missing = select()
     assert missing["onnxruntime"] == "not installed: onnxruntime, onnx"
     assert missing["llama.cpp Q4_K"] == "not installed: llama_cpp, gguf"
+    gpu = select(peers=GPU_PEERS)[1]
+    assert (gpu["humming"], gpu["vllm marlin"]) == ("not installed: humming", "not installed: vllm")
     assert [p.name for p in peers][:2] == ["ferrum int8", "ferrum full"]
