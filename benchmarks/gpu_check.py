@@ -3,8 +3,8 @@
 `python -m benchmarks.gpu_check [--out build/gpu] [--seconds 480]`
 
 Needs a torch with CUDA, nvcc, pytest and ninja in the running interpreter's environment, and installs nothing. Writes
-FOLDER/{build,tests,benchmarks,model,memcheck,racecheck}.log, {ops,model}.{json,md} and summary.md. The exit status is
-that of the build, the tests and the benchmarks; compute-sanitizer counts where it works.
+FOLDER/{build,tests,benchmarks,moe,model,memcheck,racecheck}.log, {ops,moe,model}.{json,md} and summary.md. The exit
+status is that of the build, the tests and the benchmarks; compute-sanitizer counts where it works.
 """
 
 import argparse
@@ -99,6 +99,7 @@ def main() -> None:
     parallel = ["-n", "4"] if shutil.which("pytest") and has("xdist") else []
     passed = check.run("tests", [python, "-m", "pytest", "-q", *parallel, "tests/cuda"], 150)
     passed &= check.run("benchmarks", [python, "-m", "benchmarks.gpu", "--out", str(out), "--seconds", "120"], 180)
+    passed &= check.run("moe", [python, "-m", "benchmarks.gpu_moe", "--out", str(out), "--seconds", "40"], 60)
     model = [python, "-m", "benchmarks.gpu_model", "--out", str(out), "--candidates", "graph", "eager"]
     passed &= check.run("model", [*model, "--seconds", "60"], 100)
     passed &= check.sanitize("memcheck", 90)

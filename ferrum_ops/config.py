@@ -180,14 +180,14 @@ class RuntimeConfig:
         "moe_block_size",
         Integer(choices=MOE_BLOCK_SIZES),
         None,
-        "rows per tile of the grouped products; unset: `pick_moe_block_size` decides",
+        "rows per tile of the grouped products; unset: `pick_fused_config` and `pick_moe_block_size` decide",
         devices=None,
     )
     moe_large_m_block_size: int | None = _knob(
         "moe_large_m_block_size",
         Integer(choices=MOE_BLOCK_SIZES),
         None,
-        "rows per tile from moe_large_m_min_pairs pairs on; unset: 16, as below",
+        "rows per tile from moe_large_m_min_pairs pairs on; unset: picked as below that",
         devices=None,
     )
     moe_large_m_min_pairs: int = _knob(

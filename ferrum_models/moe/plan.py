@@ -90,6 +90,10 @@ def pick_moe_block_size(
 DEQUANTIZE_MIN_ROWS = 2048
 #: Rows of a block that holds one pair: the smallest tile there is.
 PAIR_BLOCK = 8
+#: (most rows per expert on average, rows of a block). Up to 12 the time goes into reading weights, and a block should
+#: hold nearly all rows that an expert may get; beyond, into products, and padding costs more than a second block.
+FUSED_BLOCKS = ((4, 8), (12, 16), (48, 32))
+LARGEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,21 @@ def pick_fused_config(
     """The path of `fused` and its block size. Depends on sizes only, never on the routing.
 
     One token has no two pairs on an expert: "pairs", whatever the sizes say. From `dequantize_min_rows` rows per expert
-    on (0: never) bfloat16 takes "dense"; `grouped` False takes it always. Everything else takes "blocks" of
-    `pick_moe_block_size` rows, as which the remaining arguments are passed on.
+    on (0: never) bfloat16 takes "dense"; `grouped` False takes it always. Everything else takes "blocks": of `override`
+    rows, of `large_m` from `large_m_min_pairs` pairs on, or as many as `FUSED_BLOCKS` says.
+
+    Raises ValueError like `pick_moe_block_size`.
     """
-    block_size = pick_moe_block_size(
-        tokens * top_k, override=override, large_m=large_m, large_m_min_pairs=large_m_min_pairs
-    )
+    pairs = tokens * top_k
+    configured = pick_moe_block_size(pairs, override=override, large_m=large_m, large_m_min_pairs=large_m_min_pairs)
     if not grouped:
         return FusedConfig("dense")
     if tokens == 1:
         return FusedConfig("pairs", PAIR_BLOCK if override is None else override)
-    many = 0 < dequantize_min_rows * num_experts <= tokens * top_k
     # Elsewhere than in bfloat16 torch's grouped product is a loop on the host.
-    return FusedConfig("dense") if many and dtype == torch.bfloat16 else FusedConfig("blocks", block_size)
+    if dtype == torch.bfloat16 and 0 < dequantize_min_rows * num_experts <= pairs:
+        return FusedConfig("dense")
+    if override is not None or (large_m is not None and pairs >= large_m_min_pairs):
+        return FusedConfig("blocks", configured)
+    fitting = (block for rows, block in FUSED_BLOCKS if pairs <= rows * num_experts)
+    return FusedConfig("blocks", next(fitting, LARGEST_BLOCK))

@@ -135,8 +135,7 @@ class MarlinShape:
         scales = ferrum_ops.marlin_permute_scales(F.pad(codes.scales, (0, padding)), self.rows, self.group_size)
         zeros = None
         if codes.zeros is not None:
-            zero_words = gptq.pack_columns(F.pad(codes.zeros, (0, padding)), self.bits)
-            zeros = ferrum_ops.marlin_repack_zeros(zero_words, self.columns, self.bits, 0)
+            zeros = marlin.pack_zeros(F.pad(codes.zeros, (0, padding)), self.bits)
         return words, scales, zeros
 
     def unpack(

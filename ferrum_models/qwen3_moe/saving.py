@@ -13,7 +13,7 @@ from ferrum_models.quantization.modules import ConcatLinear, GptqLinear, Int4Lin
 from ferrum_models.quantization.sources import Int4Tensors, SavedLinear, unpack_int4
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding
 from ferrum_models.qwen3_moe.modeling import MLP, DecoderLayer, Qwen3MoeForCausalLM, SparseMoeBlock
-from ferrum_ops.formats.gptq import zero_offset_of
+from ferrum_ops.formats.gptq import SUPPORTED_BITS, packed_columns, zero_offset_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -200,6 +200,7 @@ def dense_state_dict(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Tensors:
         qweight, qzeros, scales = (tensors.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
         g_idx = tensors.pop(f"{name}.g_idx", None)
         offset = zero_offset_of(model.config.quantization_config.to_dict().get("checkpoint_format", "gptq"))
-        weight = ferrum_ops.gptq_dequantize(qweight, qzeros, scales, g_idx, 4, offset, dtype)
+        (bits,) = (b for b in SUPPORTED_BITS if packed_columns(qweight.shape[1], b) == qzeros.shape[1])
+        weight = ferrum_ops.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, offset, dtype)
         tensors[f"{name}.weight"] = weight.T.contiguous()
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

@@ -87,7 +87,8 @@ def unpack_rows(qweight: torch.Tensor, bits: int) -> torch.Tensor:
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of `unpack_rows`: `uint8 [..., K, N] -> int32 [..., K*bits/32, N]`.
 
-    K must be a multiple of `32 / bits` (of 32 for 3 bits) and every code below `2**bits`; else ValueError.
+    K must be a multiple of `32 / bits` (of 32 for 3 bits) and every code below `2**bits`; else ValueError. Codes on
+    another device than the CPU are not looked at.
     """
     check_bits("gptq", bits)
     in_features, per_period = codes.shape[-2], _period(bits)[0]
@@ -96,7 +97,7 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(
             f"[gptq] codes: expected uint8 rows in multiples of {per_period} for {bits} bits, got {dtype} {in_features}"
         )
-    if bits < 8 and codes.numel() and int(codes.max()) >= 2**bits:
+    if bits < 8 and codes.device.type == "cpu" and codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"[gptq] codes: expected values below {2**bits}, got {int(codes.max())}")
     per_unit = 8 if bits == 3 else 8 // bits
     fields = codes.to(torch.int32 if bits == 3 else torch.uint8).unflatten(-2, (in_features // per_unit, per_unit))

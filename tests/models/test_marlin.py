@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from ferrum_models import Qwen3MoeForCausalLM
 from ferrum_models.moe.marlin import MarlinExpertWeights
 from ferrum_models.quantization.modules import MarlinLinear, PackedExperts
+from ferrum_models.qwen3_moe.loading import plan_safetensors
 from ferrum_ops import RuntimeConfig
 from tests.models.make_checkpoint import Recipe, make_checkpoint, read_tensors
 from tests.models.test_loading import IDS, check_logits
@@ -185,3 +186,29 @@ def test_moving_and_casting_a_model_keeps_formats_and_makes_constants_anew(check
     assert all(m.workspace is not old for m, old in zip(modules, before))
     assert not any("workspace" in name or "token_blocks" in name for name in model.state_dict())
     check_logits(model, oracle)
+
+
+@pytest.mark.parametrize("name", ["act-order-own", "act-order-shared", "8-bit", "mixed-groups", "lm_head-and-biases"])
+def test_packing_happens_on_the_device(name, tmp_path):
+    """On a device without data: what is built there is what modules expect, and reading a value would raise."""
+    make_checkpoint(tmp_path, PACKED[name])
+    planned = plan_safetensors(
+        tmp_path,
+        None,
+        {},
+        (None, torch.bfloat16),
+        device=torch.device("meta"),
+        activation="full",
+        quantize=None,
+        lm_head=None,
+        layout="marlin",
+        runtime=RuntimeConfig(),
+    )
+    packed = {path: module() for path, module in planned.plan.modules.items()}
+    for path, module in packed.items():
+        if not isinstance(module, (MarlinLinear, PackedExperts)):
+            continue
+        for key, buffer in module.state_dict().items():
+            tensor = planned.plan.tensors[f"{path}.{key}"][...]
+            assert (tensor.shape, tensor.dtype) == (buffer.shape, buffer.dtype)
+            assert tensor.device.type == "meta" or key == "bias"

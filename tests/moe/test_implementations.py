@@ -262,9 +262,11 @@ class TestFusedConfig:
     def pick(self, tokens, dtype=torch.bfloat16, **settings):
         return pick_fused_config(tokens, 8, 128, dtype, **settings)
 
-    @pytest.mark.parametrize("tokens", [0, 2, 8, 32, 128, 512, 8192])
-    def test_blocks(self, tokens):
-        assert self.pick(tokens) == FusedConfig("blocks", 16)
+    @pytest.mark.parametrize(
+        "tokens, block", [(0, 8), (2, 8), (8, 8), (64, 8), (65, 16), (128, 16), (193, 32), (512, 32), (769, 64)]
+    )
+    def test_blocks_hold_the_rows_of_an_expert(self, tokens, block):
+        assert self.pick(tokens) == FusedConfig("blocks", block)
 
     def test_one_token_needs_no_sorting(self):
         assert self.pick(1) == FusedConfig("pairs", 8)
@@ -273,15 +275,17 @@ class TestFusedConfig:
     def test_block_sizes_are_those_of_the_policy(self):
         assert self.pick(512, override=48) == FusedConfig("blocks", 48)
         assert self.pick(127, large_m=64) == FusedConfig("blocks", 16)
+        with pytest.raises(ValueError, match="got 24"):
+            self.pick(512, override=24)
         assert self.pick(128, large_m=64) == FusedConfig("blocks", 64)
-        assert self.pick(64, large_m=32, large_m_min_pairs=512) == FusedConfig("blocks", 32)
+        assert self.pick(64, large_m=48, large_m_min_pairs=512) == FusedConfig("blocks", 48)
 
     def test_many_rows_of_every_expert_are_worth_dequantising(self):
-        assert self.pick(32767) == FusedConfig("blocks", 16)
+        assert self.pick(32767) == FusedConfig("blocks", 64)
         assert self.pick(32768) == FusedConfig("dense")
-        assert self.pick(32768, torch.float16) == FusedConfig("blocks", 16)
+        assert self.pick(32768, torch.float16) == FusedConfig("blocks", 64)
         assert self.pick(16, dequantize_min_rows=1) == FusedConfig("dense")
-        assert self.pick(10**6, dequantize_min_rows=0) == FusedConfig("blocks", 16)
+        assert self.pick(10**6, dequantize_min_rows=0) == FusedConfig("blocks", 64)
 
     def test_without_grouped_products(self):
         assert self.pick(1, torch.float32, grouped=False) == FusedConfig("dense")
