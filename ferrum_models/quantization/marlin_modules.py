@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ferrum_models import huge_pages
 from ferrum_models.moe.marlin import MarlinExpertWeights
 from ferrum_models.quantization.marlin import Codes, MarlinShape, interleave, side_by_side
 from ferrum_models.quantization.modules import MarlinLinear, PackedExperts, meta
@@ -22,6 +23,12 @@ class PackedModule:
     shapes: Shapes
     build: Callable[[], dict[str, torch.Tensor]]  # the tensors of `shapes`
     module: Callable[[], nn.Module]  # on the meta device
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return huge_pages.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def marlin_linear(
@@ -74,7 +81,7 @@ def marlin_experts(
     shapes = shape13.tensors(names["w13"], lead) | shape2.tensors(names["w2"], (count,))
 
     def build() -> dict[str, torch.Tensor]:
-        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+        made = {name: _empty(*shape, device) for name, shape in shapes.items()}
 
         def fill(prefix: str, index: Any, shape: MarlinShape, source: QuantizedSource, codes: Codes) -> None:
             perm = shape.order(source).to(device) if shape.with_perm else None
