@@ -10,7 +10,7 @@ import torch
 #: Layouts that `from_pretrained(layout=...)` can ask for.
 LAYOUTS = ("marlin", "gptq", "int4_cpu", "dense")
 MARLIN_BITS = (4, 8)
-MARLIN_GROUPS = (128, 64, 32)
+MARLIN_GROUPS = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def cpu_group_size(group_sizes: tuple[int, ...], in_features: int) -> int | None
 
 
 def marlin_group_size(group_sizes: tuple[int, ...]) -> int | None:
-    """Rows per scale of the Marlin layout: 128, 64, 32, or -1 where all have a single group. None: none of them."""
+    """Rows per scale of the Marlin layout: 128, 64, 32, 16, or -1 where all have a single group. None: none of them."""
     several = [size for size in group_sizes if size != -1]
     if not several:
         return -1

@@ -34,7 +34,14 @@ FLOAT, BF16 = torch.float32, torch.bfloat16
         ((4,), (-1,), CUDA, BF16, None, "marlin"),
         ((4,), (256,), CUDA, BF16, None, "marlin"),
         ((4,), (32, 64, -1), CUDA, BF16, None, "marlin"),
-        ((4,), (24,), CUDA, BF16, None, "gptq: Marlin has groups of 128 or 64 or 32 rows or one group, not of 24"),
+        (
+            (4,),
+            (24,),
+            CUDA,
+            BF16,
+            None,
+            "gptq: Marlin has groups of 128 or 64 or 32 or 16 rows or one group, not of 24",
+        ),
         ((3,), (128,), CUDA, BF16, None, "gptq: Marlin has 4 or 8 bits, not 3"),
         ((4,), (128,), CUDA, FLOAT, None, "gptq: Marlin has float16 and bfloat16 activations, not float32"),
         ((4, 8), (128,), CUDA, BF16, None, "dense: 4 or 8 bits side by side"),
@@ -56,7 +63,16 @@ def test_pick_layout(bits, group_sizes, device, dtype, requested, expected):
 
 @pytest.mark.parametrize(
     "group_sizes, size",
-    [((128,), 128), ((256,), 128), ((96,), 32), ((64, 192), 64), ((-1,), -1), ((-1, 64), 64), ((48,), None)],
+    [
+        ((128,), 128),
+        ((256,), 128),
+        ((96,), 32),
+        ((64, 192), 64),
+        ((-1,), -1),
+        ((-1, 64), 64),
+        ((48,), 16),
+        ((24,), None),
+    ],
 )
 def test_marlin_group_size(group_sizes, size):
     assert marlin_group_size(group_sizes) == size

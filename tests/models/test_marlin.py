@@ -23,6 +23,7 @@ PACKED = {
     "asymmetric-v1": Recipe(sym=False),
     "asymmetric-v2": Recipe(sym=False, checkpoint_format="gptq_v2"),
     "no-g_idx": Recipe(write_g_idx=False),
+    "group-16": Recipe(group_size=16, sym=False),
     "one-group": Recipe(group_size=-1),
     "group-128": Recipe(group_size=128, config={"hidden_size": 272, "head_dim": 32}),
     "act-order-own": Recipe(act_order="all", sym=False),
@@ -80,7 +81,7 @@ def test_gate_and_up_with_one_order_are_one_matrix(tmp_path):
 @pytest.mark.parametrize(
     "recipe, layouts, warning",
     [
-        (Recipe(group_size=8), {"gptq"}, "gptq layout: Marlin has groups of 128 or 64 or 32 rows or one group"),
+        (Recipe(group_size=8), {"gptq"}, "gptq layout: Marlin has groups of 128 or 64 or 32 or 16 rows or one group"),
         (Recipe(bits=2, config={"moe_intermediate_size": 48}), {"gptq"}, "Marlin has 4 or 8 bits, not 2"),
         (Recipe(overrides={"o_proj": (3, 32)}, dynamic={".*o_proj": {"bits": 3}}), {"gptq", "marlin"}, "not 3"),
     ],

@@ -1,0 +1,63 @@
+"""The expert block on the kernels it is made of: what they hand to one another, on every path that packs nothing out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ferrum_ops
+from benchmarks.gpu_moe import Block, check, random_inputs, random_layer
+from ferrum_models.moe import CudaLanes, pick_fused_config
+from ferrum_models.moe.bucketed import bucketed
+from tests.moe.test_streams import RecordingCuda
+
+BLOCK = Block(hidden=128, width=64, experts=6, top_k=2)
+OPS = ("marlin_gemm", "marlin_moe_gemm", "moe_combine", "weighted_sum")
+
+
+@pytest.fixture
+def block(emulated, monkeypatch):
+    """Weights whose ops are the emulated kernels, in any order of threads."""
+    for name in OPS:
+        monkeypatch.setattr(ferrum_ops, name, emulated.op(name))
+    align, pairs = emulated.op("moe_align_block_size"), emulated.op("moe_build_pairs_by_token")
+    monkeypatch.setattr(
+        ferrum_ops,
+        "moe_align_block_size",
+        lambda ids, experts, size, pair_ids=True: align(ids, experts, size, pair_ids, None),
+    )
+    monkeypatch.setattr(ferrum_ops, "moe_build_pairs_by_token", pairs)
+    torch.manual_seed(0)
+    return replace(random_layer(BLOCK, "cpu"), workspace=torch.zeros(3, 64, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+@pytest.mark.parametrize("settings", [{}, {"pair_ids": False}, {"block_size": 48}], ids=str)
+def test_fused(block, settings, tokens):
+    if settings.get("block_size"):
+        settings = settings | {"token_blocks": block.make_constants(
+            {"block_size": 48, "top_k": BLOCK.top_k, "streams": 1}, torch.device("cpu")
+        )["token_blocks"]}  # fmt: skip
+    weights, inputs = replace(block, **settings), random_inputs(BLOCK, tokens, "cpu")
+    inputs[1][tokens // 2] = torch.tensor([-1, BLOCK.experts])  # of no expert here
+    check("fused", weights, inputs)
+    assert not weights.workspace.any()
+    config = pick_fused_config(tokens, BLOCK.top_k, BLOCK.experts, torch.bfloat16)
+    assert config.path == ("pairs" if tokens == 1 else "blocks")
+
+
+@pytest.mark.parametrize("host_route", [False, True])
+def test_bucketed_on_lanes(block, host_route):
+    weights, inputs = replace(block, host_route=host_route), random_inputs(BLOCK, 21, "cpu")
+    check("bucketed", weights, inputs)
+    lanes = CudaLanes(torch.device("cpu"), 3, RecordingCuda())
+    assert torch.equal(bucketed(*inputs, weights, lanes), bucketed(*inputs, weights))
+    assert not weights.workspace.any()
+
+
+def test_a_token_s_result_does_not_depend_on_the_others(block):
+    hidden, ids, topk_weights = random_inputs(BLOCK, 9, "cpu")
+    whole = block.fused(hidden, ids, topk_weights)
+    for t in (0, 8):
+        one = slice(t, t + 1)
+        assert torch.equal(block.fused(hidden[one], ids[one].contiguous(), topk_weights[one].contiguous()), whole[one])
