@@ -150,13 +150,14 @@ class Int4Linear(_FormatModule):
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        buffers = self._buffers  # attributes of a module are looked up in three places
         return ferrum_ops.int4_linear(
             x.contiguous(),  # the last rows of a batch are a slice
-            self.packed,
-            self.scales,
-            self.zeros,
-            self.perm,
-            self.bias,
+            buffers["packed"],
+            buffers["scales"],
+            buffers["zeros"],
+            buffers["perm"],
+            buffers["bias"],
             self.out_features,
             self.group_size,
             self.activation,

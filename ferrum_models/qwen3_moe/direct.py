@@ -8,6 +8,7 @@ or attentions, pads a batch, compiles or uses another cache or attention gets tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,8 +127,9 @@ def hidden_states(
     hidden = inner.embed_tokens(input_ids)
     rotary = inner.rotary_emb.forward(hidden, position_ids)
     hidden = hidden.flatten(0, 1)
+    before_and_after = lengths.unbind()
     for i, layer in enumerate(inner.layers):
-        hidden = decoder_layer(layer, hidden, rotary, cache, i, lengths)
+        hidden = decoder_layer(layer, hidden, rotary, cache, i, before_and_after)
     return inner.norm.forward(hidden).view(*input_ids.shape, -1)
 
 
@@ -137,7 +139,7 @@ def decoder_layer(
     rotary: tuple[torch.Tensor, torch.Tensor],
     cache: Cache | StepCache | None,
     index: int,
-    lengths: torch.Tensor,
+    lengths: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """`[T, H]` -> `[T, H]`."""
     parts: dict[str, Any] = layer._modules
@@ -158,7 +160,7 @@ def attention(
     rotary: tuple[torch.Tensor, torch.Tensor],
     cache: Cache | StepCache | None,
     index: int,
-    lengths: torch.Tensor,
+    lengths: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """`[T, H]` -> `[T, H]`, the keys and values appended to the cache."""
     this: Attention = module
@@ -175,8 +177,8 @@ def attention(
         this.head_dim,
         q_norm.variance_epsilon,
     )
-    batch = lengths.shape[1]
-    query, key, value = (h.view(batch, -1, *h.shape[1:]) for h in heads)
+    batch = lengths[0].shape[0]
+    query, key, value = (h.view(batch, -1, h.shape[1], this.head_dim) for h in heads)
     if isinstance(cache, StepCache):
         out = cache.attend(index, query, key, value, lengths, this.scaling)
         return parts["o_proj"](out.view(hidden.shape[0], -1))

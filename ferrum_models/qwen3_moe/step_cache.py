@@ -40,7 +40,7 @@ class StepCache(ABC):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
         """Append a token's key and value `[B, 1, Hkv, D]` and attend: query `[B, 1, Hq, D]` -> `[B, 1, Hq, D]`."""
@@ -90,7 +90,7 @@ class ContiguousCache(StepCache):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
         keys, values, bucket = self.keys[layer], self.values[layer], self._bucket
@@ -164,7 +164,7 @@ class PagedCache(StepCache):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
         self._write(layer, key.flatten(0, 1), value.flatten(0, 1), self._slots)
