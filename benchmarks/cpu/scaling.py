@@ -77,11 +77,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['us']:.0f}",
             f"{row['us'] / (row['bytes'] / 1e6):.1f}",
             f"{row['of_read_bandwidth']:.2f}",
+            f"{row['us'] / row['floor_us']:.2f}",
         ]
         for row in rows
     ]
     kind = rows[0]["kind"]
-    return report.markdown([kind, "tokens", "experts in use", "MB", "us", "us/MB", "of read"], lines)
+    return report.markdown([kind, "tokens", "experts in use", "MB", "us", "us/MB", "of read", "times the floor"], lines)
 
 
 def main(arguments: argparse.Namespace) -> None:

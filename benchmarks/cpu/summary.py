@@ -51,6 +51,9 @@ def _goals(missed: list[str]) -> list[str]:
     return ["Goals missed:", "\n".join(f"- {line}" for line in missed)] if missed else ["Every goal is met."]
 
 
+#: Written by hand: what the tables do not say of themselves.
+NOTES = report.RESULTS / "cpu_peers_notes.md"
+
 PARTS: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "experts": experts_part,
     "linear": linear_part,
@@ -80,6 +83,8 @@ def main(arguments: argparse.Namespace) -> None:
         commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
         threads = ", ".join(str(t) for t in dict.fromkeys(row["threads"] for row in result["rows"]))
         page += [*part(result["rows"]), f"`{result['command']}`, commit {commits}, threads {threads}."]
+    if NOTES.exists():
+        page.append(NOTES.read_text().strip())
     path = report.RESULTS / "cpu_peers.md"
     path.write_text("\n\n".join(page) + "\n")
     print(path)

@@ -6,6 +6,7 @@ import torch
 
 import ferrum_ops
 from benchmarks.peers.interface import Call, Int4Matrix, MoeWeights
+from ferrum_models import huge_pages
 from ferrum_ops.formats import gptq, int4
 
 
@@ -13,6 +14,11 @@ def pack(matrix: Int4Matrix) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales in the layout "int4_cpu"."""
     qweight = gptq.pack_rows(matrix.codes.T.contiguous(), 4)
     return int4.pack(qweight, None, matrix.codes.shape[1]), int4.pack_groups(matrix.scales.T)
+
+
+def as_loaded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where the loader puts packed weights."""
+    return huge_pages.cat([tensor])
 
 
 def unpack(packed: torch.Tensor, scales: torch.Tensor, out_features: int, group_size: int) -> torch.Tensor:
@@ -25,9 +31,9 @@ class FerrumMoeBlock:
         self.shape = weights.shape
         gate, up, down = ([pack(m) for m in matrices] for matrices in (weights.gate, weights.up, weights.down))
         self.w13, self.w13_scales = (
-            weights.stack([int4.interleave_tiles(g[i], u[i]) for g, u in zip(gate, up)]) for i in (0, 1)
+            as_loaded(weights.stack([int4.interleave_tiles(g[i], u[i]) for g, u in zip(gate, up)])) for i in (0, 1)
         )
-        self.w2, self.w2_scales = (weights.stack([d[i] for d in down]) for i in (0, 1))
+        self.w2, self.w2_scales = (as_loaded(weights.stack([d[i] for d in down])) for i in (0, 1))
         self.expert_nbytes = sum(t[0].nbytes for t in (self.w13, self.w13_scales, self.w2, self.w2_scales))
         self.activation = activation
 
@@ -51,7 +57,7 @@ class FerrumMoeBlock:
 
 class FerrumLinear:
     def __init__(self, matrix: Int4Matrix, activation: str) -> None:
-        self.packed, self.scales = pack(matrix)
+        self.packed, self.scales = map(as_loaded, pack(matrix))
         self.nbytes = self.packed.nbytes + self.scales.nbytes
         self.out_features, self.group_size, self.activation = matrix.codes.shape[0], matrix.group_size, activation
 

@@ -103,7 +103,7 @@ class GgmlLinear:
 
 
 class LlamaCpp:
-    bound = 3e-2
+    bound = 4e-2
 
     def __init__(self, kind: str, repack: bool) -> None:
         self.kind, self.repack = ggml.TYPES[kind], repack

@@ -205,6 +205,7 @@ MODELS = (
     ModelPeer("ferrum bfloat16", functools.partial(load_ferrum, dtype=torch.bfloat16)),
     ModelPeer("ferrum float32 int8 head", functools.partial(load_ferrum, dtype=torch.float32, lm_head="int8")),
     ModelPeer("ferrum bfloat16 int8 head", functools.partial(load_ferrum, dtype=torch.bfloat16, lm_head="int8")),
+    ModelPeer("ferrum bfloat16 int4 head", functools.partial(load_ferrum, dtype=torch.bfloat16, lm_head="int4")),
     ModelPeer("ferrum compiled", functools.partial(load_compiled, dtype=torch.bfloat16)),
     *(gguf_peer(kind) for kind in ("Q4_K_M", "Q4_0", "Q8_0")),
     *(llama_cpp_peer(kind, repack) for kind in ("Q4_K_M", "Q4_0", "Q8_0") for repack in (True, False)),
