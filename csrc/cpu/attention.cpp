@@ -19,7 +19,8 @@ using AttendKernel = void (*)(const Attention&, const AttentionTask&, const Atte
 // FMA in the same time, on Intel's without AMX half of it.
 AttendKernel pick_attend(const Attention& a) {
 #if defined(FERRUM_BF16_PAIRS)
-  static const bool fast_pairs = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+  static const bool fast_pairs =
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_is("amd");
   if (fast_pairs && active_isa() == Isa::avx512 && a.dtype == Dtype::bfloat16) {
     return &avx512::attend_bf16_pairs;
   }

@@ -79,8 +79,9 @@ inline int64_t padded_head_dim(const Attention& a) { return (a.head_dim + kPad -
 // Floats of the partial result of `rows` rows.
 inline int64_t partial_floats(const Attention& a, int64_t rows) { return rows * (padded_head_dim(a) + 2); }
 
-// Floats of a decode task's scratch for every eight rows of a KV head: results, queries, two numbers per row and key.
-inline int64_t decode_row_floats(const Attention& a) { return 16 * padded_head_dim(a) + 32; }
+// Floats of a decode task's scratch for every eight rows of a KV head: results, queries, three numbers for both lanes
+// of a row.
+inline int64_t decode_row_floats(const Attention& a) { return 16 * padded_head_dim(a) + 48; }
 
 // Floats of scratch, 64-byte aligned, for items of at most `rows` rows: queries and results, scores and weights, the
 // packed tiles of keys and values, five numbers per row.

@@ -23,6 +23,7 @@ constexpr int kScoreKeys = 2;
 static_assert(kDecodeTile % kScoreKeys == 0 && kScoreKeys % 2 == 0, "a tile is whole steps of pairs of keys");
 
 // broadcast_pair(from): the two floats at any address, in even and odd lanes.
+// broadcast_one(from): a float, or what its bits stand for.
 // add_pairs(a, b): a[2i] + a[2i + 1] in lane 2i, b[2i] + b[2i + 1] in lane 2i + 1.
 // swap_pairs(a): lanes 2i and 2i + 1 exchanged.
 #if defined(FERRUM_LEVEL_AVX512)
@@ -30,6 +31,11 @@ inline Vec broadcast_pair(const char* from) {
   int64_t pair;  // Zen 4 loads a broadcast of integers faster than one of floats
   __builtin_memcpy(&pair, from, sizeof(pair));
   return {_mm512_castsi512_ps(_mm512_set1_epi64(pair))};
+}
+inline Vec broadcast_one(const float* from) {
+  int32_t one;
+  __builtin_memcpy(&one, from, sizeof(one));
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(one))};
 }
 inline Vec add_pairs(Vec a, Vec b) {
   return {_mm512_add_ps(_mm512_mask_moveldup_ps(a.v, 0xaaaa, b.v), _mm512_mask_movehdup_ps(b.v, 0x5555, a.v))};
@@ -47,6 +53,7 @@ inline __m256 add_pairs(__m256 a, __m256 b) {
                        _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa));
 }
 inline Vec add_pairs(Vec a, Vec b) { return {add_pairs(a.low, b.low), add_pairs(a.high, b.high)}; }
+inline Vec broadcast_one(const float* from) { return broadcast(*from); }
 inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.low, 0xb1), _mm256_permute_ps(a.high, 0xb1)}; }
 #else
 inline Vec broadcast_pair(const char* from) {
@@ -57,6 +64,7 @@ inline Vec broadcast_pair(const char* from) {
 inline Vec add_pairs(Vec a, Vec b) {
   return per_lane([&](int64_t i) { return i % 2 == 0 ? a.v[i] + a.v[i + 1] : b.v[i - 1] + b.v[i]; });
 }
+inline Vec broadcast_one(const float* from) { return broadcast(*from); }
 inline Vec swap_pairs(Vec a) {
   return per_lane([&](int64_t i) { return a.v[i ^ 1]; });
 }
@@ -64,16 +72,18 @@ inline Vec swap_pairs(Vec a) {
 
 // What up to eight rows of one KV head carry from tile to tile.
 struct DecodeRows {
-  float* q;              // [ceil(depth / 2)][16]
-  float* out;            // [8][padded]
-  float *largest, *sum;  // [16], both lanes of a row alike
+  float* q;                      // [ceil(depth / 2)][16]
+  float* out;                    // [8][padded]
+  float *largest, *sum, *scale;  // [16], both lanes of a row alike; scale: of the scores
 };
 
 // The scratch of a task, and the tile at hand.
 struct DecodeState {
   int64_t padded, chunks;  // chunks of eight rows per KV head
   float *rows, *keys, *scores, *weights;
-  int64_t offsets[kDecodeTile], next_rows[kDecodeTile];
+  int64_t cache_rows[kDecodeTile], next_rows[kDecodeTile];  // of the keys of this tile and of the next
+  int64_t offsets[kDecodeTile];                             // of cache_rows, in elements
+  Run next_runs[4 * kDecodeTile];
   const char* key_rows[kDecodeTile];
   float k_scale[kDecodeTile], v_scale[kDecodeTile];
   Ahead ahead;
@@ -88,7 +98,8 @@ struct DecodeState {
   DecodeRows chunk(const Attention& a, int64_t head, int64_t i) const {
     float* const first = rows + (head * chunks + i) * decode_row_floats(a);
     float* const q = first + kGroupRows * padded;
-    return {q, first, q + kGroupRows * padded, q + kGroupRows * padded + kLanes};
+    float* const numbers = q + kGroupRows * padded;
+    return {q, first, numbers, numbers + kLanes, numbers + 2 * kLanes};
   }
 };
 
@@ -100,19 +111,28 @@ void start_decode_rows(const Attention& a, const AttentionItem& item, int64_t fi
   __builtin_memset(to.q, 0, kGroupRows * bytes);
   store(to.largest, broadcast(-__builtin_inff()));
   store(to.sum, broadcast(0.0f));
+  store(to.scale, broadcast(0.0f));
   for (int64_t r = 0; r < smaller(kGroupRows, item.row_end - first); ++r) {
     const int64_t head = item.kv_head * a.group + first + r;
     __builtin_memset(row, 0, bytes);
-    Product::load_query(a.dtype, a.q, item.sequence->q_offset + head * a.q_head_stride, a.head_dim, row);
+    const float step =
+        Product::load_query(a.dtype, a.q, item.sequence->q_offset + head * a.q_head_stride, a.head_dim, row);
+    to.scale[2 * r] = to.scale[2 * r + 1] = a.scale * step;
     for (int64_t i = 0; i < padded; i += 2) {
       __builtin_memcpy(to.q + i / 2 * kLanes + 2 * r, row + i, 2 * sizeof(float));
     }
   }
 }
 
+// How many lines of the caches hold what `count` lines of operands do.
+template <typename Product, typename T>
+constexpr int64_t lines_of(int64_t count) {
+  return (count * Product::kPerElement * static_cast<int64_t>(sizeof(T)) + 3) / static_cast<int64_t>(sizeof(float));
+}
+
 // Fills scores [pairs of keys][16] of one chunk, not yet scaled. The two products are functions of their own so that
 // their inner loops have all registers.
-template <typename Product>
+template <typename Product, typename T>
 [[gnu::noinline]] void score_keys(const DecodeRows& rows, DecodeState& s, int64_t count, int64_t steps) {
   Ahead ahead = s.ahead;
   for (int64_t key = 0; key < count; key += kScoreKeys) {
@@ -124,7 +144,7 @@ template <typename Product>
     }
     for (int64_t step = 0; step < steps;) {
       const int64_t line_end = smaller(step + 8, steps);  // of a cache line of each key
-      ahead.steps(line_end - step);
+      ahead.lines(lines_of<Product, T>(line_end - step));
       for (; step < line_end; ++step) {
         const Vec q = load(static_cast<const float*>(rows.q + step * kLanes));
         for (int i = 0; i < kScoreKeys; ++i) {
@@ -133,17 +153,22 @@ template <typename Product>
       }
     }
     for (int i = 0; i < kScoreKeys; i += 2) {
-      store(s.scores + (key + i) * kGroupRows, add_pairs(sum[i], sum[i + 1]));
+      store(s.scores + (key + i) * kGroupRows, add_pairs(Product::to_float(sum[i]), Product::to_float(sum[i + 1])));
     }
   }
   s.ahead = ahead;
 }
 
-// Turns the scores of `count` keys into weights and updates the largest score and the sum of each row. Returns by what
-// the results so far are to be multiplied.
+// Both lanes of each row.
+struct Factors {
+  float before[kLanes];   // of the results so far
+  float product[kLanes];  // of the product of the tile's weights and values
+};
+
+// Turns the scores of `count` keys into weights and updates the largest score and the sum of each row.
 template <typename Product>
-inline Vec weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int64_t count) {
-  const Vec scale = broadcast(a.scale);
+inline void weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int64_t count, Factors& factors) {
+  const Vec scale = load(static_cast<const float*>(rows.scale));
   const auto scale_pair = [](const float* scales, int64_t key) {
     return broadcast_pair(reinterpret_cast<const char*>(scales + key));
   };
@@ -164,39 +189,57 @@ inline Vec weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int6
   const Vec before = load(static_cast<const float*>(rows.largest)), largest = max(most, before);
   // With nothing but -inf so far, any finite reference gives the weights 0 that they should have.
   const Vec reference = max(largest, broadcast(-kLargest));
-  Vec total = broadcast(0.0f);
+  Vec total = broadcast(0.0f), scaled = broadcast(0.0f), not_finite = broadcast(0.0f);
   for (int64_t key = 0; key < count; key += 2) {
     Vec weight = exp(load(static_cast<const float*>(s.scores + key * kGroupRows)) - reference);
     total = total + weight;
     weight = a.v_scale != nullptr ? weight * scale_pair(s.v_scale, key) : weight;
-    Product::store_weights(s.weights + key * kGroupRows / Product::kPerElement, weight);
+    if constexpr (Product::kIntegers) {
+      store(s.scores + key * kGroupRows, weight);
+      scaled = max(max(weight, broadcast(0.0f) - weight), scaled);
+      not_finite = fma(weight, broadcast(0.0f), not_finite);
+    } else {
+      Product::store_weights(s.weights + key * kGroupRows / Product::kPerElement, weight);
+    }
+  }
+  if constexpr (Product::kIntegers) {
+    scaled = max(scaled, swap_pairs(scaled)) + not_finite + swap_pairs(not_finite);
+    const IntegerSteps steps(scaled);
+    for (int64_t key = 0; key < count; key += 2) {
+      const Vec weight = load(static_cast<const float*>(s.scores + key * kGroupRows)) * steps.inverse;
+      Product::store_weights(s.weights + key * kGroupRows / Product::kPerElement, weight);
+    }
+    store(factors.product, steps.step);
   }
   const Vec correction = exp(before - reference);
   store(rows.largest, largest);
   store(rows.sum, load(static_cast<const float*>(rows.sum)) * correction + (total + swap_pairs(total)));
-  return correction;
+  store(factors.before, correction);
 }
 
-// out = correction * out + weights * values, for `Rows` rows from `row` on.
+// out = before * out + weights * values, for `Rows` rows from `row` on.
 template <typename Product, typename T, int Rows>
 [[gnu::noinline]] void add_decode_values(const DecodeRows& rows, DecodeState& s, CacheRows<T> v, int64_t row,
-                                         const float* correction) {
+                                         const Factors& factors) {
   constexpr int64_t kPerElement = Product::kPerElement;
   const int64_t lines = (v.count + kPerElement - 1) / kPerElement;
   const float* const all_weights = s.weights;
   Ahead ahead = s.ahead;
   for (int64_t d = 0; d < s.padded; d += kPanel) {
     float* const out = rows.out + row * s.padded + d;
+    const auto so_far = [&](int r, int i) {
+      return load(static_cast<const float*>(out + r * s.padded + i * kLanes)) *
+             broadcast(factors.before[2 * (row + r)]);
+    };
     Vec sum[Rows][kTileVectors];
     for (int r = 0; r < Rows; ++r) {
       for (int i = 0; i < kTileVectors; ++i) {
-        sum[r][i] =
-            load(static_cast<const float*>(out + r * s.padded + i * kLanes)) * broadcast(correction[2 * (row + r)]);
+        sum[r][i] = Product::kIntegers ? broadcast(0.0f) : so_far(r, i);
       }
     }
     for (int64_t line = 0; line < lines;) {
       const int64_t some = smaller(line + 8, lines);
-      ahead.steps(2 * (some - line));
+      ahead.lines(lines_of<Product, T>(2 * (some - line)));
       for (; line < some; ++line) {
         Vec b[kTileVectors];
         Product::load_values(v, line, d, b);
@@ -204,7 +247,7 @@ template <typename Product, typename T, int Rows>
         const float* weights = kPerElement == 2 ? all_weights + line * kGroupRows + row
                                                 : all_weights + line / 2 * kLanes + line % 2 + 2 * row;
         for (int r = 0; r < Rows; ++r) {
-          const Vec weight = broadcast(weights[r * (kPerElement == 2 ? 1 : 2)]);
+          const Vec weight = broadcast_one(weights + r * (kPerElement == 2 ? 1 : 2));
           for (int i = 0; i < kTileVectors; ++i) {
             sum[r][i] = Product::multiply_add(weight, b[i], sum[r][i]);
           }
@@ -213,6 +256,9 @@ template <typename Product, typename T, int Rows>
     }
     for (int r = 0; r < Rows; ++r) {
       for (int i = 0; i < kTileVectors; ++i) {
+        if constexpr (Product::kIntegers) {
+          sum[r][i] = fma(Product::to_float(sum[r][i]), broadcast(factors.product[2 * (row + r)]), so_far(r, i));
+        }
         store(out + r * s.padded + i * kLanes, sum[r][i]);
       }
     }
@@ -222,15 +268,15 @@ template <typename Product, typename T, int Rows>
 
 template <typename Product, typename T, int Rows>
 inline void add_some_values(const DecodeRows& rows, DecodeState& s, const CacheRows<T>& v, int64_t row, int64_t count,
-                            const float* correction) {
+                            const Factors& factors) {
   if (count == Rows) {
-    add_decode_values<Product, T, Rows>(rows, s, v, row, correction);
+    add_decode_values<Product, T, Rows>(rows, s, v, row, factors);
   } else if constexpr (Rows > 1) {
-    add_some_values<Product, T, Rows - 1>(rows, s, v, row, count, correction);
+    add_some_values<Product, T, Rows - 1>(rows, s, v, row, count, factors);
   }
 }
 
-// The keys whose offsets are s.offsets, of one KV head.
+// The keys whose rows are s.cache_rows, of one KV head.
 template <typename Product, typename T>
 void attend_keys(const Attention& a, const AttentionItem& item, int64_t head, DecodeState& s, int64_t count) {
   const int64_t element = head * a.head_rows * a.head_dim;
@@ -252,18 +298,18 @@ void attend_keys(const Attention& a, const AttentionItem& item, int64_t head, De
     s.key_rows[key] = s.key_rows[count - 1];
   }
   for (int64_t i = 0; a.k_scale != nullptr && i < count; ++i) {
-    const int64_t row = s.offsets[i] / a.head_dim + head * a.head_rows;
+    const int64_t row = s.cache_rows[i] + head * a.head_rows;
     s.k_scale[i] = a.k_scale[row];
     s.v_scale[i] = a.v_scale[row];
   }
   for (int64_t c = 0; c < s.chunks; ++c) {
     DecodeRows rows = s.chunk(a, head, c);
-    score_keys<Product>(rows, s, count, (depth + 1) / 2);
-    float correction[kLanes];
-    store(correction, weigh_keys<Product>(a, rows, s, count));
+    score_keys<Product, T>(rows, s, count, (depth + 1) / 2);
+    Factors factors;
+    weigh_keys<Product>(a, rows, s, count, factors);
     const int64_t some = smaller(kGroupRows, item.row_end - item.row_begin - c * kGroupRows);
     for (int64_t row = 0; row < some; row += kTileRows) {
-      add_some_values<Product, T, kTileRows>(rows, s, v, row, smaller(kTileRows, some - row), correction);
+      add_some_values<Product, T, kTileRows>(rows, s, v, row, smaller(kTileRows, some - row), factors);
     }
   }
 }
@@ -281,11 +327,15 @@ void attend_token(const Attention& a, const AttentionTask& task, const Attention
   }
   for (int64_t begin = first.keys.begin; begin < first.keys.end; begin += kDecodeTile) {
     const int64_t end = smaller(begin + kDecodeTile, first.keys.end);
-    find_rows(a, first, {begin, end}, a.head_dim, s.offsets);
-    s.ahead = fetch_ahead<T>(a, task, end, next, kDecodeTile, s.next_rows);
+    find_rows(a, first, {begin, end}, 1, s.cache_rows);
+    for (int64_t i = 0; i < end - begin; ++i) {
+      s.offsets[i] = s.cache_rows[i] * a.head_dim;
+    }
+    s.ahead = fetch_ahead<T>(a, task, end, next, kDecodeTile, s.next_rows, s.next_runs);
     for (int64_t h = 0; h < heads; ++h) {
       attend_keys<Product, T>(a, items[h], h, s, end - begin);
     }
+    s.ahead.rest();
   }
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t r = 0; r < first.row_end - first.row_begin; ++r) {

@@ -14,6 +14,7 @@ struct State {
   float k_scale[kKeyTile], v_scale[kKeyTile];  // of int8 caches, per key of the tile
   bool scaled;
   int64_t next_rows[kKeyTile];  // of the caches, where the tile after it lies
+  Run next_runs[4 * kKeyTile];
   Ahead ahead;
 
   State(const Attention& a, int64_t rows, float* scratch)
@@ -241,7 +242,7 @@ void attend_item(const Attention& a, const AttentionTask& task, const AttentionT
     }
     const Keys seen = any_visible(s, 0, s.rows);
     if (seen.begin < seen.end) {
-      s.ahead = fetch_ahead<T>(a, task, begin + kKeyTile, next, kKeyTile, s.next_rows);
+      s.ahead = fetch_ahead<T>(a, task, begin + kKeyTile, next, kKeyTile, s.next_rows, s.next_runs);
       attend_tile<Product, T>(a, item, s, begin, seen);
     }
   }
@@ -263,10 +264,12 @@ void attend_task(const Attention& a, const AttentionTask& task, const AttentionT
 
 #if defined(FERRUM_ATTENTION_PAIRS)
 void attend_bf16_pairs(const Attention& a, const AttentionTask& task, const AttentionTask* next, float* scratch) {
-  if (a.k_scale != nullptr) {
-    attend_task<Bf16PairProduct, int8_t>(a, task, next, scratch);
-  } else {
+  if (a.k_scale == nullptr) {
     attend_task<Bf16PairProduct, BFloat16>(a, task, next, scratch);
+  } else if (task.items->sequence->tokens == 1 && a.head_dim <= Int16PairProduct::kMaxHeadDim) {
+    attend_token<Int16PairProduct, int8_t>(a, task, next, scratch);
+  } else {
+    attend_task<Bf16PairProduct, int8_t>(a, task, next, scratch);
   }
 }
 #else

@@ -19,11 +19,25 @@ inline void find_rows(const Attention& a, const AttentionItem& item, Keys keys, 
   }
 }
 
+// Appends the rows of `bytes` bytes of a table as runs, lying side by side or not.
+inline Run* add_runs(const void* table, int64_t bytes, int64_t width, const int64_t* rows, int64_t count, Run* to) {
+  const Run* const first = to;
+  for (int64_t i = 0; i < count; ++i) {
+    const char* const begin = static_cast<const char*>(table) + rows[i] * bytes;
+    if (to != first && to[-1].end == begin) {
+      to[-1].end = begin + width;
+    } else {
+      *to++ = {begin, begin + width};
+    }
+  }
+  return to;
+}
+
 // Has the products fetch the next `most` keys: those of the task from `begin` on, or else of the next task. Fills
-// `rows`.
+// `rows` and `runs`, of which there may be four for every key.
 template <typename T>
 inline Ahead fetch_ahead(const Attention& a, const AttentionTask& task, int64_t begin, const AttentionTask* next,
-                         int64_t most, int64_t* rows) {
+                         int64_t most, int64_t* rows, Run* runs) {
   if (begin >= task.items->keys.end) {
     if (next == nullptr || next->items->keys.begin >= next->items->keys.end) {
       return {};
@@ -35,13 +49,28 @@ inline Ahead fetch_ahead(const Attention& a, const AttentionTask& task, int64_t 
   const AttentionItem& item = *next->items;
   const Keys keys{begin, smaller(begin + most, item.keys.end)};
   const int64_t row_bytes = a.head_dim * static_cast<int64_t>(sizeof(T)), count = keys.end - keys.begin;
-  find_rows(a, item, keys, row_bytes, rows);
-  for (int64_t i = 0; a.k_scale != nullptr && i < count; ++i) {
-    __builtin_prefetch(a.k_scale + rows[i] / row_bytes, 0, 2);
-    __builtin_prefetch(a.v_scale + rows[i] / row_bytes, 0, 2);
+  find_rows(a, item, keys, 1, rows);
+  Run* end = runs;
+  if (a.k_scale != nullptr) {
+    const int64_t scale_bytes = sizeof(float);
+    end = add_runs(a.k_scale, scale_bytes, next->heads * scale_bytes, rows, count, end);
+    end = add_runs(a.v_scale, scale_bytes, next->heads * scale_bytes, rows, count, end);
   }
-  const char* k = static_cast<const char*>(a.k);
-  return {k, static_cast<const char*>(a.v), k, rows, rows + count, next->heads * row_bytes, 0};
+  end = add_runs(a.k, row_bytes, next->heads * row_bytes, rows, count, end);
+  end = add_runs(a.v, row_bytes, next->heads * row_bytes, rows, count, end);
+  // Where blocks lie scattered, looking up their pages' addresses takes as long as reading them. Asked for in a row,
+  // several are looked up at a time.
+  constexpr int64_t kPage = 4096;
+  uintptr_t page = 0;
+  for (const Run* run = runs; run != end; ++run) {
+    for (const char* at = run->begin; at < run->end; at += kPage) {
+      if (reinterpret_cast<uintptr_t>(at) / kPage != page) {
+        Ahead::fetch(at);
+        page = reinterpret_cast<uintptr_t>(at) / kPage;
+      }
+    }
+  }
+  return {nullptr, nullptr, runs, end};
 }
 
 // Rounds the row divided by its sum to the output. A row that sees no key is 0.

@@ -219,7 +219,8 @@ def paged_attention(
     """`attention` over a paged pool for sequences with any number of new tokens each.
 
     Key j of sequence s is row `j % block_size` of block `block_tables[s, j // block_size]`. Prefills, chunks of
-    prefills and decodes may share one call.
+    prefills and decodes may share one call. Over int8 pools a bfloat16 decode on AMD's CPUs computes with 16-bit
+    integers: queries are rounded to 1 / 32767 of their head's largest element, weights to that of a tile's largest.
 
     Args:
         q: `[T, Hq, D]`, float32, float16 or bfloat16, the sequences one after the other; last dimension contiguous,

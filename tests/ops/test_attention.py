@@ -199,6 +199,46 @@ def test_int8_pools(heads, kv_heads, head_dim, dtype, isa):
         assert_close("paged_attention", part, oracle(q, k, v, 0.2), tolerance("paged_attention", dtype))
 
 
+def decode_int8(q, k, v, k_factor=1.0, v_factor=1.0):
+    """A decode over int8 pools whose scales are multiplied by factors per key, and the oracle's over the same codes."""
+    pools = paged([(k.float(), v.float())], 16)
+    (k_codes, k_scale), (v_codes, v_scale) = (quantize_heads(pool.nan_to_num()) for pool in pools[:2])
+    factors, key = [torch.ones(len(k)) * f for f in (k_factor, v_factor)], torch.arange(len(k))
+    for scale, factor in zip((k_scale, v_scale), factors):
+        scale[pools[2][0, key // 16].long(), key % 16] *= factor[:, None]
+    got = OPS.paged_attention(q, k_codes, v_codes, pools[2], ints(0, 1), pools[3], 0.2, True, 0, k_scale, v_scale)
+    k, v = (c * s[..., None] * f[:, None, None] for (c, s), f in zip(map(quantize_heads, (k, v)), factors))
+    return got, oracle(q, k, v, 0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 24, 600, 1024, 1025])
+def test_int8_pools_of_many_head_sizes(head_dim, dtype, isa):
+    q, k, v = random_sequence(1, 75, head_dim=head_dim, dtype=dtype)
+    got, expected = decode_int8(q * head_dim**-0.5, k, v)
+    assert_close("paged_attention", got, expected, tolerance("paged_attention", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_scales_of_all_sizes(dtype, isa):
+    q, k, v = random_sequence(1, 300, dtype=dtype)
+    got, expected = decode_int8(q, k, v, v_factor=10.0 ** (torch.arange(300) % 9 - 7))
+    assert_close("paged_attention", got, expected, tolerance("paged_attention", dtype))
+    assert not decode_int8(q, k, v, v_factor=0.0)[0].any()
+    assert_close("paged_attention", *decode_int8(q * 0, k, v), tolerance("paged_attention", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])  # 40000 weights add up to float32's own error
+def test_int8_a_key_that_outweighs_thousands_leaves_them_their_part(dtype, isa):
+    # Together the light keys weigh as much as the heavy one, each alone less than any step of 16 bits.
+    keys = 40_000
+    q, v = torch.zeros(1, 1, 8).to(dtype), torch.randn(keys, 1, 8)
+    q[..., 0], k = 8.0, torch.zeros(keys, 1, 8)
+    k[keys // 2, 0, 0] = torch.tensor(float(keys)).log() / 1.6
+    got, expected = decode_int8(q, k, v.sign() + 0.5)
+    assert_close("paged_attention", got, expected, tolerance("paged_attention", dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("what", ["query", "key", "value"])
 @pytest.mark.parametrize("at", [0, 36, 69])
