@@ -18,7 +18,7 @@ BUILD_STAMP := $(VENV)/.build-$(TORCH)
 TOOLS_STAMP := $(VENV)/.tools
 DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help demo test test-fast lint format table docs bench bench-cpu gpu-check gpu-model wheel clean
+.PHONY: help demo test test-fast lint format table docs bench bench-ops bench-cpu gpu-check gpu-model wheel clean
 
 help:
 	@echo "make demo        load the example checkpoint, generate text, print a table"
@@ -29,6 +29,7 @@ help:
 	@echo "make table       write the table of ops into README.md"
 	@echo "make docs        build the documentation into build/docs"
 	@echo "make bench       time the ops"
+	@echo "make bench-ops   time them beside eager torch and inductor's code, into benchmarks/results/cpu_ops.txt"
 	@echo "make bench-cpu   time Ferrum next to the engines of benchmarks/peers that are installed"
 	@echo "make gpu-check   build, test and measure on an NVIDIA GPU, with the torch of GPU_PYTHON (python3)"
 	@echo "make gpu-model   the whole model on an NVIDIA GPU, with the library that gpu-check built"
@@ -66,6 +67,9 @@ bench: $(BUILD_STAMP)
 	@set -e; for file in benchmarks/ops/bench_*.py; do echo; echo "$$file"; \
 	  $(BIN)/python $$file; \
 	done
+
+bench-ops: $(BUILD_STAMP)
+	$(BIN)/python -m benchmarks.cpu_ops --out benchmarks/results/cpu_ops.txt
 
 bench-cpu: $(BUILD_STAMP)
 	for section in experts linear model scaling summary; do $(BIN)/python -m benchmarks.cpu $$section --save || exit 1; done

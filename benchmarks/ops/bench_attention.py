@@ -4,13 +4,15 @@
 
 The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. Prefills are
 bounded by arithmetic instead. Plain torch is scaled_dot_product_attention, over the contiguous cache also where the op
-reads pages: it leaves part of that cache, and none of the pages, in the last-level cache. --compile times the compiled
-reference at 1, 8 and 512 query tokens.
+reads pages: it leaves part of that cache, and none of the pages, in the last-level cache. --compile times, up to 512
+query tokens, inductor's code for the formula written out, with the pages gathered first: the reference looks at lengths
+on the host, and scaled_dot_product_attention would be ATen's code again.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,35 @@ CHUNKS = ((8, 1024),)  # queries, keys
 PREFILLS = (512, 1024, 2048, 4096)
 
 
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The formula for q `[B, n, Hq, D]` over k, v `[B, Hkv, kv, D]`, softmax in float32."""
+    batch, tokens, heads, head_dim = q.shape
+    grouped = q.view(batch, tokens, k.shape[1], -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = (grouped @ k.transpose(-1, -2)).float() * SCALE
+    if mask is not None:
+        scores = scores.unflatten(2, (-1, tokens)).masked_fill(~mask, -torch.inf).flatten(2, 3)
+    out = scores.softmax(-1).to(q.dtype) @ v
+    return out.unflatten(2, (-1, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_dim)
+
+
+def plain_paged_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    tables: torch.Tensor,
+    mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same over pages that are all full, each sequence as long as the others."""
+
+    def gather(pool: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        pages = pool[tables] if scale is None else (pool[tables] * scale[tables][..., None]).to(q.dtype)
+        return pages.flatten(1, 2).transpose(1, 2)
+
+    return plain_attention(q, gather(k_pool, k_scale), gather(v_pool, v_scale), mask)
+
+
 def cases(
     dtype: torch.dtype = torch.bfloat16, only: str = "", prefill_sizes: tuple[int, ...] = PREFILLS
 ) -> Iterator[Case]:
@@ -34,7 +65,12 @@ def cases(
         "chunk": [(1, tokens, keys) for tokens, keys in CHUNKS],
         "prefill": [(1, tokens, tokens) for tokens in prefill_sizes],
     }
-    for batch, tokens, keys in itertools.chain.from_iterable([sizes[only]] if only else sizes.values()):
+    yield from sized_cases(dtype, itertools.chain.from_iterable([sizes[only]] if only else sizes.values()))
+
+
+def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> Iterator[Case]:
+    """Of these numbers of sequences, query tokens and keys of each."""
+    for batch, tokens, keys in sizes:
         q = torch.randn(batch, tokens, HEADS, HEAD_DIM).to(dtype)
         k, v = torch.randn(2, batch, KV_HEADS, keys, HEAD_DIM).to(dtype).unbind()
         lens = torch.full((batch,), keys, dtype=torch.int32)
@@ -42,24 +78,26 @@ def cases(
         label = f"B={batch} n={tokens} kv={keys}"
 
         # is_causal would align a chunk with the first keys.
-        mask = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if 1 < tokens < keys else None
+        mask = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if tokens > 1 else None
 
-        def sdpa(q=q, k=k, v=v, mask=mask, causal=1 < tokens == keys):
+        def sdpa(q=q, k=k, v=v, mask=mask if tokens < keys else None, causal=1 < tokens == keys):
             q = q.transpose(1, 2)
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
-        yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa)
+        yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa, partial(plain_attention, q, k, v, mask))
 
         tables, blocks = block_tables_for((keys,) * batch, BLOCK_SIZE)
         pools = torch.randn(2, blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype).unbind()
         starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
         common = (tables, starts, lens, SCALE)
-        yield Case("paged_attention", label, (q.flatten(0, 1), *pools, *common), moved, sdpa)
+        formula = partial(plain_paged_attention, q, *pools, tables, mask)
+        yield Case("paged_attention", label, (q.flatten(0, 1), *pools, *common), moved, sdpa, formula)
         if tokens == 1:
             (k_codes, k_scale), (v_codes, v_scale) = map(quantize_heads, pools)
             arguments = (q.flatten(0, 1), k_codes, v_codes, *common, True, 0, k_scale, v_scale)
             moved = bytes_of(q, q) + 2 * batch * keys * KV_HEADS * (HEAD_DIM + 4)
-            yield Case("paged_attention", f"{label} int8", arguments, moved, sdpa)
+            formula = partial(plain_paged_attention, q, k_codes, v_codes, tables, mask, k_scale, v_scale)
+            yield Case("paged_attention", f"{label} int8", arguments, moved, sdpa, formula)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The head-sized matrix does not fit a last-level cache: its GB/s are the memory's. The other operands are warm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -32,10 +32,10 @@ def linear_case(type: GGMLType, blocks: torch.Tensor, tokens: int, dtype: torch.
     return Case("gguf_linear", label, (x, [blocks], [int(type)], None, activation), moved)
 
 
-def tile_cases(type: GGMLType, blocks: torch.Tensor, dtype: torch.dtype) -> Iterator[Case]:
+def tile_cases(type: GGMLType, blocks: torch.Tensor, dtype: torch.dtype, token_counts: Sequence[int]) -> Iterator[Case]:
     tiles = ferrum_ops.gguf_pack(blocks, type)
     yield Case("gguf_pack", f"{type.name} {blocks.shape[0]}x{HIDDEN}", (blocks, int(type)), bytes_of(blocks, tiles))
-    for tokens in TOKENS:
+    for tokens in token_counts:
         x = torch.randn(tokens, HIDDEN).to(dtype)
         moved = bytes_of(x, tiles) + tokens * blocks.shape[0] * dtype.itemsize
         label = f"{type.name} tiles T={tokens} N={blocks.shape[0]} int8"
@@ -59,16 +59,20 @@ def expert_cases(type: GGMLType, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("moe_experts_gguf", label, arguments, bytes_of(gate, up, down), bound=bound)
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
-    for type in TYPES:
+def cases(
+    dtype: torch.dtype = torch.float32,
+    types: Sequence[GGMLType] = TYPES,
+    token_counts: Sequence[int] = TOKENS,
+) -> Iterator[Case]:
+    for type in types:
         blocks = formats.random_blocks(type, ATTENTION_WIDTH, HIDDEN)
-        for tokens in TOKENS:
+        for tokens in token_counts:
             yield linear_case(type, blocks, tokens, dtype, "int8")
         yield linear_case(type, blocks, 1, dtype, "full")
-        yield from tile_cases(type, blocks, dtype)
+        yield from tile_cases(type, blocks, dtype, token_counts)
         yield linear_case(type, formats.random_blocks(type, HEAD_WIDTH, HIDDEN), 1, dtype, "int8")
         yield from expert_cases(type, dtype)
-    for type in GGMLType:
+    for type in GGMLType if types == TYPES else types:
         blocks = formats.random_blocks(type, EXPERT_WIDTH, HIDDEN)
         moved = bytes_of(blocks) + EXPERT_WIDTH * HIDDEN * dtype.itemsize
         yield Case("gguf_dequantize", f"{type.name} {EXPERT_WIDTH}x{HIDDEN}", (blocks, int(type), dtype), moved)

@@ -21,7 +21,11 @@ GROUP_SIZE = 128
 ROWS = (1, 8, 128, 512)
 
 
-def cases(dtype: torch.dtype = torch.float32, widths: Sequence[int] = gptq.SUPPORTED_BITS) -> Iterator[Case]:
+def cases(
+    dtype: torch.dtype = torch.float32,
+    widths: Sequence[int] = gptq.SUPPORTED_BITS,
+    row_counts: Sequence[int] = ROWS,
+) -> Iterator[Case]:
     reference = ferrum_ops.OPS["gptq_dequantize"].ref
     for bits in widths:
         for in_features, out_features in SIZES:
@@ -36,16 +40,16 @@ def cases(dtype: torch.dtype = torch.float32, widths: Sequence[int] = gptq.SUPPO
 
                 label = f"{bits} bit {in_features}x{out_features}{order}"
                 yield Case("gptq_dequantize", label, arguments, bytes_of(*tensors) + written, eager)
-    yield from gemm_cases(dtype, widths)
+    yield from gemm_cases(dtype, widths, row_counts)
 
 
-def gemm_cases(dtype: torch.dtype, widths: Sequence[int]) -> Iterator[Case]:
+def gemm_cases(dtype: torch.dtype, widths: Sequence[int], row_counts: Sequence[int]) -> Iterator[Case]:
     for bits in widths:
         in_features, out_features = SIZES[0]
         tensors = random_projection(in_features, out_features, in_features // GROUP_SIZE, bits, "cpu")
         regular = torch.arange(in_features, dtype=torch.int32) // GROUP_SIZE
         for order, g_idx in (("", None), (" act-order", regular[torch.randperm(in_features)])):
-            for rows in ROWS:
+            for rows in row_counts:
                 x = torch.randn(rows, in_features, dtype=dtype)
                 dequantize = (*tensors, g_idx, bits, 1, dtype)
 

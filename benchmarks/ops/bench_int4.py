@@ -9,7 +9,7 @@ fraction of the read bandwidth measured in the same run, and billions of operati
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -42,17 +42,17 @@ def linear_case(
     return Case("int4_linear", label, arguments, moved)
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKENS) -> Iterator[Case]:
     for out_features in (2 * EXPERT_WIDTH, ATTENTION_WIDTH):
         weights = random_packed(out_features)
-        for tokens in TOKENS:
+        for tokens in token_counts:
             for activation in ("int8", "full"):
                 yield linear_case(torch.randn(tokens, HIDDEN).to(dtype), weights, out_features, activation)
     weights = random_packed(HEAD_WIDTH)
     for activation in ("int8", "full"):
         yield linear_case(torch.randn(1, HIDDEN).to(dtype), weights, HEAD_WIDTH, activation)
     weights = random_packed(ATTENTION_WIDTH, bits=8)
-    for tokens in (1, 64):
+    for tokens in (n for n in (1, 8, 64, 512) if n in token_counts):
         for activation in ("int8", "full"):
             x = torch.randn(tokens, HIDDEN).to(dtype)
             label = f"T={tokens} K={HIDDEN} N={ATTENTION_WIDTH} {activation}"

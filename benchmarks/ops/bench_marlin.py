@@ -5,7 +5,7 @@
 Where there is no kernel for the product, its reference unpacks the weights at every call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,9 +16,10 @@ from ferrum_ops.testing.timing import Case, bytes_of, main
 
 SIZES = ((2048, 768), (768, 2048), (4096, 2048))
 GROUP_SIZE = 128
+ROWS = (1, 128)
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, row_counts: Sequence[int] = ROWS) -> Iterator[Case]:
     for in_features, out_features in SIZES:
         qweight, qzeros, scales = random_projection(in_features, out_features, in_features // GROUP_SIZE, 4, "cpu")
         perm = torch.randperm(in_features).int()
@@ -32,13 +33,13 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
         yield Case("marlin_permute_scales", label, arguments, 2 * bytes_of(scales))
         yield Case("marlin_unpermute_scales", label, arguments, 2 * bytes_of(scales))
         yield Case("marlin_repack_zeros", label, (qzeros, out_features, 4, 1), 2 * bytes_of(qzeros))
-    yield from product_cases(dtype)
+    yield from product_cases(dtype, row_counts)
 
 
-def product_cases(dtype: torch.dtype) -> Iterator[Case]:
+def product_cases(dtype: torch.dtype, row_counts: Sequence[int]) -> Iterator[Case]:
     in_features, out_features = SIZES[0]
     packed, scales, _, perm = random_marlin(in_features, out_features, GROUP_SIZE, 4, "cpu", act_order=True)
-    for rows in (1, 128):
+    for rows in row_counts:
         x = torch.randn(rows, in_features).to(dtype)
         arguments = (x, packed, scales, None, perm, None, marlin_workspace("cpu"), out_features, GROUP_SIZE, 4)
         moved = bytes_of(x, packed, scales) + rows * out_features * dtype.itemsize

@@ -12,7 +12,7 @@ weights of every expert in use at each call.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,10 @@ def routing(tokens: int, experts: int = EXPERTS) -> tuple[torch.Tensor, torch.Te
     return ids.to(torch.int32), weights
 
 
-def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = (1, 4, 64)) -> Iterator[Case]:
     """Small enough to be checked against the float64 reference; operands warm."""
     layer = random_layer(experts=8)
-    for tokens in (1, 4, 64):
+    for tokens in token_counts:
         hidden, (ids, weights) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, 8)
         for activation in ("int8", "full"):
             label = f"T={tokens} E=8 {activation}"

@@ -25,6 +25,9 @@ EVICTION_BYTES = 256 << 20
 #: One sample repeats a short function until it lasts this long, well above the clock's resolution.
 SAMPLE_SECONDS = 2e-4
 
+#: A function that takes longer is warm after one call.
+SLOW_SECONDS = 0.1
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -42,7 +45,11 @@ def _sample(function: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_sample(function: Callable[[], Any]) -> int:
+def _calls_per_sample(function: Callable[[], Any], warmup: int) -> int:
+    """Calls it `warmup` times, or once if it is slow, and then to see how long it takes."""
+    for _ in range(warmup):
+        if _sample(function, 1) > SLOW_SECONDS:
+            return 1
     return max(1, int(SAMPLE_SECONDS / max(min(_sample(function, 1) for _ in range(3)), 1e-9)))
 
 
@@ -58,17 +65,14 @@ def compare(
         cold: evict the caches before every sample, which is then a single call. Otherwise operands are wherever the
             calls before left them.
     """
-    for function in functions.values():
-        for _ in range(warmup):
-            function()
-    calls = {name: 1 if cold else _calls_per_sample(function) for name, function in functions.items()}
+    calls = {name: _calls_per_sample(function, warmup) for name, function in functions.items()}
     eviction = torch.zeros(EVICTION_BYTES // 4) if cold else None
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             if eviction is not None:
                 eviction.sum()
-            samples[name].append(_sample(function, calls[name]))
+            samples[name].append(_sample(function, 1 if cold else calls[name]))
     return {name: timing_of(values) for name, values in samples.items()}
 
 
@@ -102,6 +106,7 @@ class Case:
     arguments: tuple[Any, ...]
     num_bytes: int  # read and written once: the least that any implementation moves
     eager: Callable[[], Any] | None = None  # what one would write in plain torch
+    formula: Callable[[], Any] | None = None  # what inductor compiles, where that is not the op's reference
     bound: float | None = None  # relative error allowed instead of the tolerance table's, with a reason beside it
 
 
@@ -139,7 +144,8 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
 
     Columns: microseconds per call (quartiles in brackets), GB/s, fraction of the measured read bandwidth of memory
     (above 1 where the operands stay in cache), and how many times longer plain torch and, with `compile_reference`,
-    the compiled reference take. A case whose check fails is not timed: the failure is raised.
+    inductor's code take, and what that was compiled from: see `_compiled`. A case whose check fails is not timed: the
+    failure is raised.
     """
     bandwidth = read_bandwidth()
     print(
@@ -147,7 +153,7 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
         f"memory reads at {bandwidth / 1e9:.1f} GB/s; operands warm"
     )
     header = f"{'op':<28}{'sizes':<26}{'us':>9}{'quartiles':>20}{'GB/s':>8}{'of read':>9}{'eager/op':>10}"
-    print(header + (f"{'compiled/op':>13}" if compile_reference else ""))
+    print(header + (f"{'compiled/op':>13} compiled from" if compile_reference else ""))
     rows = []
     for case in cases:
         check_case(case)
@@ -161,7 +167,7 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
                 line += f"{row[peer]:>{width}.2f}"
             elif peer == "eager" or compile_reference:
                 line += f"{'-':>{width}}"
-        print(line, flush=True)
+        print(f"{line} {row.get('compiled_from', '')}".rstrip(), flush=True)
     return rows
 
 
@@ -170,9 +176,10 @@ def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: i
     functions: dict[str, Callable[[], Any]] = {"op": lambda: op(*case.arguments)}
     if case.eager is not None:
         functions["eager"] = case.eager
-    if compile_reference:
-        functions |= _compiled(case)
+    compiled_from = {}
     with torch.no_grad():
+        if compile_reference and (found := _compiled(case)) is not None:
+            functions["compiled"], compiled_from = found[0], {"compiled_from": found[1]}
         timings = compare(functions, repeats=repeats)
     own = timings["op"]
     row: dict[str, Any] = {
@@ -185,23 +192,34 @@ def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: i
         "of_read_bandwidth": case.num_bytes / own.median / bandwidth,
     }
     row.update({peer: t.median / own.median for peer, t in timings.items() if peer != "op"})
-    return row
+    return row | compiled_from
 
 
-def _compiled(case: Case) -> dict[str, Callable[[], Any]]:
-    """Inductor's code for the reference, or for the plain torch formula where it cannot compile the reference."""
+def _compiled(case: Case) -> tuple[Callable[[], Any], str] | None:
+    """Inductor's code for the op's formula, and what it was compiled from.
+
+    The case's own formula; without one, the reference in one graph; where that checks values on the host or inductor
+    fails, plain torch in one graph; failing that too, the reference in several.
+    """
     reference = ferrum_ops.OPS[case.op].ref
-    formulas: list[Callable[[], Any]] = [lambda: reference(*case.arguments)]
-    formulas += [] if case.eager is None else [case.eager]
-    for formula in formulas:
+    forms: list[tuple[Callable[[], Any] | None, str, bool]] = [
+        (case.formula, "formula", True),
+        (lambda: reference(*case.arguments), "reference", True),
+        (case.eager, "plain torch", True),
+        (lambda: reference(*case.arguments), "reference, in parts", False),
+    ]
+    for formula, name, whole in forms:
+        if formula is None:
+            continue
         torch._dynamo.reset()
-        compiled = torch.compile(formula, dynamic=False)
+        compiled = torch.compile(formula, dynamic=False, fullgraph=whole)
         try:
             compiled()
-            return {"compiled": compiled}
-        except torch._inductor.exc.InductorError as error:
-            print(f"{case.op} {case.label}: inductor fails: {str(error).splitlines()[0]}")
-    return {}
+            return compiled, name
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            if isinstance(error, torch._inductor.exc.InductorError):
+                print(f"{case.op} {case.label}: inductor fails on {name}: {str(error).splitlines()[0]}")
+    return None
 
 
 def main(cases: Callable[[torch.dtype], Iterable[Case]], description: str | None) -> None:
