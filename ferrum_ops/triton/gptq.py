@@ -107,8 +107,9 @@ def _dequantize_binary(bits: int, has_g_idx: bool, dtype: torch.dtype) -> Binary
     )
 
 
-def binaries() -> dict[Binary, dict[str, str]]:
-    """Everything the launchers here can ask for, with the types of the arguments for float16 scales."""
+def binaries(capability: int) -> dict[Binary, dict[str, str]]:
+    """Everything the launchers here can ask for, on any capability, with the types of the arguments for float16
+    scales."""
     pointers = {"qweight_ptr": "*i32", "qzeros_ptr": "*i32", "scales_ptr": "*fp16", "g_idx_ptr": "*i32"}
     found: dict[Binary, dict[str, str]] = {}
     for dtype, tl_dtype in DTYPES.items():

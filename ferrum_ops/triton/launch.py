@@ -1,8 +1,8 @@
 """What every launcher of Triton kernels needs.
 
 A module of kernels has, for each op, a pure function `pick_<op>_config(sizes..., target)` that returns a frozen
-dataclass, and one function `binaries()`: all that its launchers can ask Triton to compile. tests/triton compiles every
-one of them ahead of time, and no launch there may ask for another.
+dataclass, and one function `binaries(capability)`: all that its launchers can ask Triton to compile there. tests/triton
+compiles every one of them ahead of time, and no launch there may ask for another.
 """
 
 from __future__ import annotations

@@ -48,14 +48,14 @@ class Resources:
 
 
 @functools.cache
-def binaries(module):
-    return list(importlib.import_module(module).binaries().items())
+def binaries(module, capability):
+    return list(importlib.import_module(module).binaries(capability).items())
 
 
-def all_binaries():
+def all_binaries(capability):
     """(module, index in its list, name) of every binary."""
     for module in sorted(set(KERNELS.values())):
-        for index, (binary, _) in enumerate(binaries(module)):
+        for index, (binary, _) in enumerate(binaries(module, capability)):
             yield module, index, str(binary)
 
 
@@ -85,7 +85,7 @@ def resources(kernel):
 
 
 def examine(module, index, capability):
-    return resources(compiled(*binaries(module)[index], capability))
+    return resources(compiled(*binaries(module, capability)[index], capability))
 
 
 def main(arguments=None):
@@ -95,7 +95,7 @@ def main(arguments=None):
     failures = 0
     print(f"{'sm':>4}{'registers':>10}{'shared':>8}  binary")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        jobs = [(capability, *job) for capability in capabilities for job in all_binaries()]
+        jobs = [(capability, *job) for capability in capabilities for job in all_binaries(capability)]
         futures = [pool.submit(examine, module, index, capability) for capability, module, index, _ in jobs]
         for (capability, _, _, name), future in zip(jobs, futures):
             found = future.result()

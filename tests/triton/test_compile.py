@@ -11,7 +11,7 @@ from tests.triton.compile_gate import Resources  # noqa: E402
 
 
 def of_one_dtype():
-    return [pytest.param(m, i, id=name) for m, i, name in compile_gate.all_binaries() if "bf16" in name]
+    return [pytest.param(m, i, id=name) for m, i, name in compile_gate.all_binaries(90) if "bf16" in name]
 
 
 @pytest.mark.slow
