@@ -21,10 +21,24 @@ import ferrum_ops
 from ferrum_ops.testing import gpu
 from ferrum_ops.testing.timing import Case, check_case, torch_op
 
-FAMILIES = ("norm", "activation", "rope", "kv_cache", "moe_routing", "moe_combine", "sampling", "elementwise")
+FAMILIES = (
+    "attention",
+    "norm",
+    "activation",
+    "rope",
+    "kv_cache",
+    "moe_routing",
+    "moe_combine",
+    "sampling",
+    "elementwise",
+)
 TOKENS = (1, 8, 32, 128, 512, 4096)
 #: Logits of more rows than a server samples at once would only fill the memory.
 MOST_TOKENS = {"sampling": 512}
+#: Decoding sequences and one prefill, instead of tokens.
+SIZES = {"attention": (1, 8, 32, 2048)}
+#: References that walk over sequences on the host: inductor is not asked. Their peer is torch's own attention.
+NOT_COMPILED = ("attention", "paged_attention")
 
 
 def has_kernel(op: str) -> bool:
@@ -33,7 +47,8 @@ def has_kernel(op: str) -> bool:
 
 def case_sets(family: str, dtype: torch.dtype, tokens: int) -> Iterator[list[Case]]:
     """For each case of a family that has a kernel: the case on as many sets of operands as the cache calls for."""
-    cases = importlib.import_module(f"benchmarks.ops.bench_{family}").cases
+    module = importlib.import_module(f"benchmarks.ops.bench_{family}")
+    cases = getattr(module, "cases_on_gpu", module.cases)
 
     def fresh() -> list[Case]:
         with torch.device("cuda"):
@@ -52,8 +67,10 @@ def candidates(cases: list[Case]) -> tuple[dict[str, list[Callable[[], Any]]], l
     torch._dynamo.reset()
     compiled = torch.compile(ferrum_ops.OPS[cases[0].op].ref, dynamic=False)
     # Inductor compiles the reference, or the plain formula where it fails on the reference.
-    tries = [("eager", eager), ("inductor", [lambda c=c: compiled(*c.arguments) for c in cases])]
-    tries += [("inductor", [torch.compile(formula, dynamic=False) for formula in eager])]
+    tries = [("eager", eager)]
+    if cases[0].op not in NOT_COMPILED:
+        tries += [("inductor", [lambda c=c: compiled(*c.arguments) for c in cases])]
+        tries += [("inductor", [torch.compile(formula, dynamic=False) for formula in eager])]
     for peer, calls in tries:
         if peer in found or not calls:
             continue
@@ -124,7 +141,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for family in args.family:
-        for tokens in args.tokens:
+        for tokens in SIZES.get(family, args.tokens):
             if tokens > MOST_TOKENS.get(family, tokens):
                 continue
             for cases in case_sets(family, getattr(torch, args.dtype), tokens):

@@ -26,6 +26,7 @@ SCALE = HEAD_DIM**-0.5
 DECODES = ((1, 128), (1, 1024), (1, 4096), (8, 4096))  # sequences, keys
 CHUNKS = ((8, 1024),)  # queries, keys
 PREFILLS = (512, 1024, 2048, 4096)
+GPU_DECODES, GPU_KEYS = (1, 8, 32), (4096, 32768)
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -68,6 +69,12 @@ def cases(
     yield from sized_cases(dtype, itertools.chain.from_iterable([sizes[only]] if only else sizes.values()))
 
 
+def cases_on_gpu(dtype: torch.dtype, tokens: tuple[int, ...]) -> Iterator[Case]:
+    """A decode of so many sequences at each of GPU_KEYS, or for what is not in GPU_DECODES a prefill."""
+    for n in tokens:
+        yield from sized_cases(dtype, [(n, 1, keys) for keys in GPU_KEYS] if n in GPU_DECODES else [(1, n, n)])
+
+
 def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> Iterator[Case]:
     """Of these numbers of sequences, query tokens and keys of each."""
     for batch, tokens, keys in sizes:
@@ -86,7 +93,7 @@ def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> It
 
         yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa, partial(plain_attention, q, k, v, mask))
 
-        tables, blocks = block_tables_for((keys,) * batch, BLOCK_SIZE)
+        tables, blocks = block_tables_for((keys,) * batch, BLOCK_SIZE, torch.get_default_device())
         pools = torch.randn(2, blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype).unbind()
         starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
         common = (tables, starts, lens, SCALE)
