@@ -36,8 +36,8 @@ def attention(
     """`softmax(q k^T * scale) v` of n new tokens per sequence over a contiguous cache that holds them already.
 
     Query i of a sequence sees key j when `j <= kv_len - n + i` (causal) or `j < kv_len`; with a window only the last
-    `window` of those. Query head h reads KV head `h // (Hq / Hkv)`. Scores, softmax and sums are float32, apart from
-    bfloat16 on AMD's CPUs, where the softmax's weights are rounded to bfloat16. A key or value that is not finite
+    `window` of those. Query head h reads KV head `h // (Hq / Hkv)`. Scores, softmax and sums are float32; on CUDA, and
+    for bfloat16 on AMD's CPUs, the softmax's weights are rounded to q's dtype. A key or value that is not finite
     reaches only the queries that see it.
 
     Args:
@@ -55,7 +55,8 @@ def attention(
 
     Raises:
         RuntimeError: other dtypes, shapes or strides; on CPU a length below 0, above the capacity or, when causal,
-            above 0 and below n; an input that requires grad while autograd is on.
+            above 0 and below n; on CUDA heads larger than 256; an input that requires grad while autograd is on. On
+            other devices, where lengths are not read on the host, keys outside the capacity are not seen.
     """
     refuse_grad("attention", q, k_cache, v_cache)
     return torch.ops.ferrum.attention(q, k_cache, v_cache, kv_lens, scale, causal, window)
@@ -122,7 +123,7 @@ def _check_cache_rows(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> 
     expect(same, op, "v_cache", f"the strides {tuple(strides)} of k_cache", f"strides {tuple(v_cache.stride())}")
 
 
-def _check_attention(
+def check_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_lens: torch.Tensor, window: int
 ) -> None:
     op = "attention"
@@ -144,7 +145,7 @@ def attention_ref(
     causal: bool = True,
     window: int = 0,
 ) -> torch.Tensor:
-    _check_attention(q, k_cache, v_cache, kv_lens, window)
+    check_attention(q, k_cache, v_cache, kv_lens, window)
     tokens = q.shape[1]
     if on_host(kv_lens):
         for kv_len in kv_lens.tolist():
@@ -174,7 +175,7 @@ def attention_fake(
     causal: bool = True,
     window: int = 0,
 ) -> torch.Tensor:
-    _check_attention(q, k_cache, v_cache, kv_lens, window)
+    check_attention(q, k_cache, v_cache, kv_lens, window)
     return q.new_empty(q.shape)
 
 
@@ -238,7 +239,8 @@ def paged_attention(
 
     Raises:
         RuntimeError: as `attention`; on CPU also values of cu_seqlens_q that do not ascend from 0 to T, and blocks
-            outside the pool that hold a visible key.
+            outside the pool that hold a visible key. On CUDA, where they are not read on the host, keys of such blocks
+            are not seen, and rows of q behind the last sequence give zeros.
     """
     refuse_grad("paged_attention", q, k_cache, v_cache, k_scale, v_scale)
     return torch.ops.ferrum.paged_attention(
@@ -246,7 +248,7 @@ def paged_attention(
     )
 
 
-def _check_paged_attention(
+def check_paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -318,7 +320,7 @@ def paged_attention_ref(
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     op = "paged_attention"
-    _check_paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, k_scale, v_scale)
+    check_paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, k_scale, v_scale)
     starts, lens = cu_seqlens_q.tolist(), kv_lens.tolist()
     _check_starts(op, starts, q.shape[0])
     compute = compute_dtype(q.dtype)
@@ -350,7 +352,7 @@ def paged_attention_fake(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check_paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, k_scale, v_scale)
+    check_paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, k_scale, v_scale)
     return q.new_empty(q.shape)
 
 

@@ -12,8 +12,10 @@ from ferrum_ops._library import register_kernel
 
 #: The module of each op's launcher, which is the function of the op's name there.
 KERNELS = {
+    "attention": "ferrum_ops.triton.attention",
     "gptq_dequantize": "ferrum_ops.triton.gptq",
     "gptq_gemm": "ferrum_ops.triton.gptq",
+    "paged_attention": "ferrum_ops.triton.attention",
 }
 
 

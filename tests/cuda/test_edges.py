@@ -1,9 +1,15 @@
-"""The tests of tests/emulation that take the `kernel` fixture, on the device."""
+"""The tests of tests/emulation and tests/triton that take the `kernel` fixture, on the device."""
 
 import importlib
+import importlib.util
 import inspect
 
-for family in ("activation", "elementwise", "kv_cache", "marlin", "moe_gemm", "norm", "rope"):
-    for name, function in vars(importlib.import_module(f"tests.emulation.test_{family}")).items():
+EMULATED = ("activation", "elementwise", "kv_cache", "marlin", "moe_gemm", "norm", "rope")
+MODULES = {family: f"tests.emulation.test_{family}" for family in EMULATED}
+if importlib.util.find_spec("triton") is not None:
+    MODULES["attention"] = "tests.triton.test_attention"
+
+for family, module in MODULES.items():
+    for name, function in vars(importlib.import_module(module)).items():
         if name.startswith("test_") and "kernel" in inspect.signature(function).parameters:
             globals()[f"{name}_of_{family}"] = function

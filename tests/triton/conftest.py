@@ -1,6 +1,11 @@
+import importlib
+
 import pytest
 
+import ferrum_ops
+from ferrum_ops.triton import KERNELS
 from ferrum_ops.triton.launch import Target
+from tests.ops.test_every_op import copy_args, outputs
 
 
 @pytest.fixture
@@ -10,3 +15,15 @@ def interpreter():
     from tests.triton.interpreter import interpreted
 
     return lambda multiprocessors=4: interpreted(Target(90, multiprocessors))
+
+
+@pytest.fixture
+def kernel(interpreter):
+    """As the fixture of tests/emulation: `kernel(name, *args)` runs the launcher of an op on copies."""
+
+    def run(name, *args):
+        launcher = getattr(importlib.import_module(KERNELS[name]), name)
+        with interpreter():
+            return outputs(ferrum_ops.OPS[name], launcher, copy_args(args))
+
+    return run
