@@ -70,7 +70,7 @@ MarlinProduct<T> product_of(const MarlinCall& call, const Tensor& out) {
   p.rows = call.rows;
   p.steps = static_cast<int>(narrow(call.op, "packed", a.packed_rows) / kMarlinStep);
   p.units = static_cast<int>(narrow(call.op, "packed", a.columns) / kMarlinUnit);
-  p.group_steps = static_cast<int>(std::max<int64_t>(std::min(a.group_size, a.packed_rows) / kMarlinStep, 1));
+  p.group_steps = a.groups > 1 ? static_cast<int>(a.group_size / kMarlinStep) : INT32_MAX / 2;
   p.inverse_group_steps = a.groups > 1 ? 1.0f / static_cast<float>(p.group_steps) : 0.0f;
   p.reduction = a.reduction;
   p.counters = mutable_data<int32_t>(call.workspace);

@@ -1,8 +1,9 @@
-// The words of the Marlin layout as A fragments of an mma: 16 output columns x 16 rows of K, each number code - zero.
+// The words of the Marlin layout as A fragments of an mma: 16 output columns x 16 rows of K, each number code - zero,
+// or code + kBias, which fewer instructions make.
 //
 // Codes and zero points differ by at most 255, which float16 and bfloat16 hold exactly: no rounding of weights, no
-// overflow, and scales multiply sums in float32. Of an exponent whose last bit counts 1 (1024 in float16, 128 in
-// bfloat16), the low bits are the code itself.
+// overflow, and scales multiply sums in float32. Of an exponent whose last bits count 1 (128 in bfloat16; 1024 in
+// float16, or 64 for bits 4 to 7), the low bits are the code itself.
 #pragma once
 
 #include <type_traits>
@@ -18,11 +19,13 @@ template <>
 struct Packed<__half> {
   using Pair = __half2;
   static constexpr uint32_t kMagic = 0x64006400;  // 1024
+  static constexpr uint32_t kOnes = 0x3c003c00;
 };
 template <>
 struct Packed<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
   static constexpr uint32_t kMagic = 0x43004300;  // 128
+  static constexpr uint32_t kOnes = 0x3f803f80;
 };
 
 template <typename T>
@@ -55,10 +58,23 @@ struct Codes<T, 4> {
 
   __device__ static __forceinline__ uint32_t zero_pair(uint32_t code) { return code * 0x10001u | Packed<T>::kMagic; }
 
-  __device__ static __forceinline__ void zeros(const uint32_t (&words)[kZeroWords], uint32_t (&zero)[8]) {
+  __device__ static __forceinline__ uint32_t zero_code(const uint32_t (&words)[kZeroWords], int i) {
+    return words[0] >> (16 * (i % 2) + 4 * (i / 2)) & 0xf;
+  }
+
+  // A bias this small costs the float32 sums of the products no more than 5 of their 24 bits.
+  static constexpr float kBias = std::is_same_v<T, __half> ? 64.0f : 128.0f;
+
+  __device__ static __forceinline__ void biased_fragment(const uint32_t (&words)[kWords], int tile, uint32_t (&a)[4]) {
+    const uint32_t word = words[tile];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      zero[i] = zero_pair(words[0] >> (16 * (i % 2) + 4 * (i / 2)) & 0xf);
+    for (int nibble = 0; nibble < 4; ++nibble) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const uint32_t shifted = nibble == 0 ? word << 4 : word >> 4 * (nibble == 0 ? 0 : nibble - 1);
+        a[nibble / 2 + 2 * (nibble % 2)] = lop3<kMaskThenOr>(shifted, 0x00f000f0, 0x54005400);
+      } else {
+        a[nibble / 2 + 2 * (nibble % 2)] = lop3<kMaskThenOr>(word >> 4 * nibble, 0x000f000f, Packed<T>::kMagic);
+      }
     }
   }
 };
@@ -88,11 +104,9 @@ struct Codes<T, 8> {
     }
   }
 
-  __device__ static __forceinline__ void zeros(const uint32_t (&words)[kZeroWords], uint32_t (&zero)[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // the bytes of a word are those of tiles 0, 1, 0, 1 for halves 0, 0, 1, 1
-      zero[i] = zero_pair(words[i / 4] >> 8 * (i / 2 % 2 + 2 * (i % 2)) & 0xff);
-    }
+  // The bytes of a word are those of tiles 0, 1, 0, 1 for halves 0, 0, 1, 1.
+  __device__ static __forceinline__ uint32_t zero_code(const uint32_t (&words)[kZeroWords], int i) {
+    return words[i / 4] >> 8 * (i / 2 % 2 + 2 * (i % 2)) & 0xff;
   }
 
  private:

@@ -1,16 +1,16 @@
 // Which tile a product in the Marlin layout is cut into, and how often K is split.
 //
-// A block makes `tokens` x `columns` of the result, `depth` rows of K at a time. Four such stages lie in shared memory,
-// three of them under way (of 8-bit weights in the widest tile, three and two), and it takes 26 KB under way in each
-// multiprocessor to have the bandwidth of an H200 (4.3 TB/s x 0.8 us / 132): of 4-bit weights, a stage is columns *
-// depth / 2 bytes.
+// A block makes `tokens` x `columns` of the result, `depth` rows of K at a time. Four such stages lie in shared memory
+// and three of them are under way (of 8-bit weights three and two). It takes 26 KB under way in each multiprocessor to
+// have the bandwidth of an H200 (4.3 TB/s x 0.8 us / 132). Of 4-bit weights, a stage is columns * depth / 2 bytes:
 //
 //   tokens  columns  depth  stage of weights  under way  blocks wanted
-//        8       64    128              4 KB      12 KB  3: 36 KB
-//       16      128     64              4 KB      12 KB  3: 36 KB
-//       32      128     64              4 KB      12 KB  2: 24 KB, with 24 KB of activations
-//       64      256     64              8 KB      24 KB  1: 24 KB, with 24 KB of activations
+//        8       64    256              8 KB      24 KB  3, for their instructions: 12 warps
+//       16      128    128              8 KB      24 KB  3
+//       32      128    128              8 KB      24 KB  2, as many as registers allow
+//       64      256     64              8 KB      24 KB  1, of 8 warps
 //
+// A warp has four steps of 16 rows in each stage, over which it spreads what a stage costs besides its products.
 // Narrow tiles make many blocks of one token's few weights. Wide ones read activations less often: of a routed block of
 // Qwen3-30B-A3B at M = 512, 64 x 256 moves 0.67 GB from the second-level cache, 64 x 128 would 1.0.
 #pragma once
@@ -24,7 +24,7 @@ struct MarlinTile {
   int blocks;  // wanted in each multiprocessor
 };
 
-constexpr MarlinTile kMarlinTiles[] = {{8, 64, 128, 3}, {16, 128, 64, 3}, {32, 128, 64, 2}, {64, 256, 64, 1}};
+constexpr MarlinTile kMarlinTiles[] = {{8, 64, 256, 3}, {16, 128, 128, 3}, {32, 128, 128, 2}, {64, 256, 64, 1}};
 constexpr int64_t kMarlinMinDepth = 256;  // rows of K that are worth a block of their own
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

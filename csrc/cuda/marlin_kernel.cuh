@@ -164,9 +164,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(
       continue;
     }
     float total[4][Shape::kWarpTiles][4] = {};
-    MarlinMultiplier<T, Bits, Shape> multiplier(p, place, sources, shared);
-    multiplier.run(static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits),
-                   static_cast<int>(static_cast<int64_t>(stages) * (place.split + 1) / p.splits), total);
+    const int first = static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits);
+    const int last = static_cast<int>(static_cast<int64_t>(stages) * (place.split + 1) / p.splits);
+    MarlinFetcher<T, Bits, Shape> fetcher(p, place, sources, shared, first);
+    const MarlinMultiplier<T, Bits, Shape> multiplier(p, place, shared);
+    multiply_stages(fetcher, multiplier, first, last, total);
     __syncthreads();  // the sums take the place of stages that other warps may still read
     float* const sums = reinterpret_cast<float*>(shared);
     multiplier.store_sums(sums, total);
@@ -192,6 +194,7 @@ void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduc
   const int groups = p.inverse_group_steps == 0.0f ? 1 : groups_in_stage(Shape::kSteps, p.group_steps);
   const int group_bytes = Shape::kColumns * scale_bytes + (p.zeros != nullptr ? Stage::kZeroPieces * 16 : 0);
   p.stage_bytes = Stage::kScales + groups * group_bytes;
+  p.zeros_place = Stage::kScales + (p.inverse_group_steps == 0.0f ? 0 : groups * Shape::kColumns * scale_bytes);
   constexpr int kMostBytes = Stage::kScales + Shape::kSteps * (Shape::kColumns * 4 + Stage::kZeroPieces * 16);
   static_assert(Stage::kStages * kMostBytes <= 99 * 1024, "of a block on sm_89; others have more");
   const int sum_bytes = Shape::kDepthWarps * Shape::kTokens * Shape::kSumStride * static_cast<int>(sizeof(float));

@@ -69,14 +69,15 @@ struct MarlinProduct {
   int64_t out_features;
   bool silu_mul;  // columns are runs of gate and up
   MarlinRows rows;
-  int steps, units;  // of 16 rows and 64 columns
-  int group_steps;
+  int steps, units;           // of 16 rows and 64 columns
+  int group_steps;            // of one group, more than there are
   float inverse_group_steps;  // 0: one group, whose scales lie in another order
   int token_tiles, column_tiles, splits, tiles_of_block;
   MarlinReduction reduction;
-  void* partials;     // sums of the splits of each tile
-  int32_t* counters;  // of the splits of each tile that are done; zero between launches
-  int stage_bytes, zero_blocks;
+  void* partials;                // sums of the splits of each tile
+  int32_t* counters;             // of the splits of each tile that are done; zero between launches
+  int stage_bytes, zeros_place;  // of a stage; of the zero points in it
+  int zero_blocks;
 
   __device__ __forceinline__ bool one_group() const { return inverse_group_steps == 0.0f; }
   // (step + 0.5) / group_steps is at least 0.5 / group_steps from an integer: exact below 2^21 steps.

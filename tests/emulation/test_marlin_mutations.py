@@ -69,9 +69,9 @@ class Mutation:
 
 BOUNDS = "out of bounds|not in shared memory|dynamic shared memory|relative error|finite elements"
 MUTATIONS = [
-    Mutation("stage-barrier", "      __syncthreads();  // this stage is here", "      // this stage is here"),
-    Mutation("stage-wait", "cp_async_wait<Stage::kStages - 2>()", "cp_async_wait<Stage::kStages - 1>()"),
-    Mutation("stage-count", "stage % Stage::kStages * p_.stage_bytes", "stage % 3 * p_.stage_bytes"),
+    Mutation("stage-barrier", "    __syncthreads();  // this stage is here", "    // this stage is here"),
+    Mutation("stage-wait", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()"),
+    Mutation("stage-count", "stage_ % Stage::kStages * p_.stage_bytes", "stage_ % 3 * p_.stage_bytes"),
     Mutation("sums-over-stages", "    __syncthreads();  // the sums take", "    // the sums take"),
     Mutation("sums-barrier", "multiplier.store_sums(sums, total);\n    __syncthreads();",
              "multiplier.store_sums(sums, total);"),
@@ -80,14 +80,14 @@ MUTATIONS = [
              "relative error|finite elements|largest error|out of bounds"),
     Mutation("swizzle-of-one-side", "ldmatrix(r, at + Stage::x_place(token + 8 * t + lane / 16 * 8, piece))",
              "ldmatrix(r, at + ((token + 8 * t + lane / 16 * 8) * Shape::kRowPieces + piece) * 16)"),
-    Mutation("fragment-order", "a[nibble / 2 + 2 * (nibble % 2)]", "a[nibble]"),
+    Mutation("fragment-order", "a[nibble / 2 + 2 * (nibble % 2)] = subtract", "a[nibble] = subtract"),
     Mutation("zeros-order", "16 * (i % 2) + 4 * (i / 2)", "4 * i"),
-    Mutation("scales-order", "scale[2 * tile + i % 4 / 2]", "scale[tile + 4 * (i % 4 / 2)]"),
-    Mutation("groups-merged", "p_.one_group() ? end :", "true ? end :"),
+    Mutation("scales-order", "+= scale[column] * sum", "+= scale[tile + 4 * (i % 4 / 2)] * sum"),
+    Mutation("groups-merged", "min(end, (group + 1) * p_.group_steps - first)", "end"),
     Mutation("groups-bytes", "Stage::kScales + groups * group_bytes", "Stage::kScales + group_bytes", BOUNDS),
-    Mutation("bound-of-tokens", "source >= 0 ? inside : 0", "inside", "out of bounds"),
-    Mutation("bound-of-k", "if (stage * Shape::kSteps + step < p_.steps) {", "if (true) {", "out of bounds"),
-    Mutation("bound-of-columns", "if (first + piece < p_.units * unit_pieces) {", "if (true) {", "out of bounds"),
+    Mutation("bound-of-tokens", "source >= 0 ? p.in_features - k : 0", "p.in_features - k", "out of bounds"),
+    Mutation("bound-of-k", "if (i * kStepsAtOnce < packed_left_) {", "if (true) {", "out of bounds"),
+    Mutation("bound-of-columns", "if (piece < inside) {", "if (true) {", "out of bounds"),
     Mutation("last-split", "count_arrival(p.counters + tile) == p.splits - 1", "count_arrival(p.counters + tile) == p.splits - 2"),
     Mutation("counter-left", "    p.counters[tile] = 0;", "", "the workspace is not zero"),
 ]  # fmt: skip
