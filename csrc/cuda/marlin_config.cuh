@@ -82,7 +82,8 @@ constexpr bool picks(int64_t tokens, int64_t block_size, int64_t columns, int64_
   return c.tile.tokens == tile && c.token_tiles * c.column_tiles == tiles && c.splits == splits;
 }
 static_assert(picks(64, 8, 1536, 2048, 8, 192, 2), "M = 1: 384 blocks, 2.9 a multiprocessor; unsplit it were 1.5");
-static_assert(picks(64, 8, 2048, 768, 8, 256, 1), "M = 1: 1.9 blocks a multiprocessor have all but 6 KB under way");
+static_assert(picks(64, 8, 2048, 768, 8, 256, 1),
+              "M = 1: 1.9 blocks a multiprocessor, all of whose weights are under way");
 static_assert(picks(512, 8, 1536, 2048, 8, 1536, 1), "M = 8: about 52 of 64 blocks have rows, 3.2 waves of 3");
 static_assert(picks(512, 8, 2048, 768, 8, 2048, 1));
 static_assert(picks(256 + 128 * 7, 8, 1536, 2048, 8, 144 * 24, 1), "M = 32: 2.3 rows an expert");
@@ -96,9 +97,8 @@ static_assert(picks(1, 0, 5120, 2048, 8, 80, 4), "320 blocks of 512 rows");
 static_assert(picks(1, 0, 2048, 4096, 8, 32, 12), "384 blocks of 341 rows");
 static_assert(picks(16, 0, 5120, 2048, 16, 40, 8), "320 blocks of 256 rows");
 static_assert(picks(32, 0, 2048, 4096, 32, 16, 16), "256 blocks of 256 rows");
-static_assert(picks(128, 0, 5120, 2048, 64, 40, 3), "120 blocks, as 32 x 128 would have 160 of half the size, twice");
-static_assert(picks(512, 0, 5120, 2048, 32, 640, 1),
-              "3 rounds of 264 blocks; 64 x 256 had 2 of 132, four times as long");
+static_assert(picks(128, 0, 5120, 2048, 64, 40, 3), "120 blocks in one round");
+static_assert(picks(512, 0, 5120, 2048, 32, 640, 1), "3 rounds of 2 x 32 x 128 take less than 2 of 64 x 256");
 static_assert(picks(512, 0, 2048, 4096, 64, 64, 2));
 static_assert(picks(0, 0, 2048, 4096, 8, 0, 1) && picks(1, 0, 0, 4096, 8, 0, 1) && picks(1, 0, 64, 0, 8, 1, 1));
 
