@@ -85,7 +85,6 @@ MUTATIONS = [
     Mutation("scales-order", "+= scale[column] * sum", "+= scale[tile + 4 * (i % 4 / 2)] * sum"),
     Mutation("groups-merged", "min(end, (group + 1) * p_.group_steps - first)", "end"),
     Mutation("groups-bytes", "Stage::kScales + groups * group_bytes", "Stage::kScales + group_bytes", BOUNDS),
-    Mutation("bound-of-tokens", "source >= 0 ? p.in_features - k : 0", "p.in_features - k", "out of bounds"),
     Mutation("bound-of-k", "if (i * kStepsAtOnce < packed_left_) {", "if (true) {", "out of bounds"),
     Mutation("bound-of-columns", "if (piece < inside) {", "if (true) {", "out of bounds"),
     Mutation("last-split", "count_arrival(p.counters + tile) == p.splits - 1", "count_arrival(p.counters + tile) == p.splits - 2"),
