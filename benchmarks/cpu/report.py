@@ -34,7 +34,9 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    # Results that an earlier section saved change nothing that is measured.
+    changes = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
 
 
 def save(section: str, keys: Sequence[str], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
