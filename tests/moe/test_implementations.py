@@ -128,6 +128,7 @@ LAYOUTS = ("gptq", "dense", "int4-full", "int4-int8", "marlin", "marlin-rows", "
 ROUTINGS = {
     "random": lambda: torch.stack([torch.randperm(E)[:K] for _ in range(23)]),
     "one-token": lambda: torch.tensor([[4, 1]]),
+    "one-token-off-rank": lambda: torch.tensor([[E, 1]]),
     "no-token": lambda: torch.empty(0, K, dtype=torch.int64),
     "all-on-one-expert": lambda: torch.tensor([[3, 0]]).expand(9, K),
     "more-than-64-rows": lambda: torch.tensor([[5, 2]]).expand(131, K),
