@@ -74,11 +74,12 @@ bench-ops: $(BUILD_STAMP)
 bench-cpu: $(BUILD_STAMP)
 	for section in experts linear model scaling summary; do $(BIN)/python -m benchmarks.cpu $$section --save || exit 1; done
 
-# Installs nothing: it wants a Python that has a torch with CUDA. Results go to GPU_OUT.
+# Installs nothing: it wants a Python that has a torch with CUDA. Results go to GPU_OUT, and name GPU_COMMIT where the
+# sources lie outside a git checkout.
 GPU_PYTHON ?= python3
 GPU_OUT ?= build/gpu
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.gpu_check --out $(GPU_OUT)
+	$(GPU_PYTHON) -m benchmarks.gpu_check --out $(GPU_OUT) $(if $(GPU_COMMIT),--commit $(GPU_COMMIT))
 
 # After gpu-check, which has built the library and measures this without the compiler.
 gpu-model:

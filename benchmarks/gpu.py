@@ -4,6 +4,8 @@
 
 Writes FOLDER/ops.json and FOLDER/ops.md. Operands rotate through twice the L2 cache where a dozen sets of them are that
 large; smaller ones are read from it, as they are in a model. An op that differs from its reference is not timed.
+Beside each op a plain copy of as many bytes is timed: where that reaches 85 % of the copy bandwidth, so should the op.
+Inductor compiles an op for its first number of tokens, and for any number at the second.
 """
 
 import argparse
@@ -33,6 +35,8 @@ FAMILIES = (
     "elementwise",
 )
 TOKENS = (1, 8, 32, 128, 512, 4096)
+#: Part of the copy bandwidth that an op should reach where its size allows it.
+GOAL = 0.85
 #: Logits of more rows than a server samples at once would only fill the memory.
 MOST_TOKENS = {"sampling": 512}
 #: Decoding sequences and one prefill, instead of tokens.
@@ -51,7 +55,7 @@ def case_sets(family: str, dtype: torch.dtype, tokens: int) -> Iterator[list[Cas
     cases = getattr(module, "cases_on_gpu", module.cases)
 
     def fresh() -> list[Case]:
-        with torch.device("cuda"):
+        with torch.device(gpu.DEVICE):
             return [case for case in cases(dtype, (tokens,)) if has_kernel(case.op)]
 
     first = fresh()
@@ -59,17 +63,42 @@ def case_sets(family: str, dtype: torch.dtype, tokens: int) -> Iterator[list[Cas
     yield from map(list, zip(first, *(fresh() for _ in range(copies - 1))))
 
 
-def candidates(cases: list[Case]) -> tuple[dict[str, list[Callable[[], Any]]], list[str]]:
+class Compiled:
+    """Inductor's code for each formula, kept from one number of tokens to the next."""
+
+    def __init__(self) -> None:
+        self.functions: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, formula: Callable[..., Any]) -> Callable[..., Any]:
+        if formula not in self.functions:
+            self.functions[formula] = torch.compile(formula)
+        return self.functions[formula]
+
+
+def copies(cases: list[Case]) -> list[Callable[[], Any]]:
+    """A copy that moves as many bytes as the op, on as many sets of operands."""
+
+    def copy(num_bytes: int) -> Callable[[], Any]:
+        source = torch.zeros(max(num_bytes // 2, 1), dtype=torch.uint8, device=gpu.DEVICE)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return [copy(case.num_bytes) for case in cases]
+
+
+def candidates(cases: list[Case], compiled: Compiled) -> tuple[dict[str, list[Callable[[], Any]]], list[str]]:
     """What to time, one callable per set of operands, and notes on what could not be captured or compiled."""
     op, notes = torch_op(cases[0].op), list[str]()
-    found: dict[str, list[Callable[[], Any]]] = {"op": [lambda c=c: op(*c.arguments) for c in cases]}
+    found: dict[str, list[Callable[[], Any]]] = {
+        "op": [lambda c=c: op(*c.arguments) for c in cases],
+        "copy": copies(cases),
+    }
     eager = [c.eager for c in cases if c.eager is not None]
-    torch._dynamo.reset()
-    compiled = torch.compile(ferrum_ops.OPS[cases[0].op].ref, dynamic=False)
+    reference = compiled(ferrum_ops.OPS[cases[0].op].ref)
     # Inductor compiles the reference, or the plain formula where it fails on the reference.
     tries = [("eager", eager)]
     if cases[0].op not in NOT_COMPILED:
-        tries += [("inductor", [lambda c=c: compiled(*c.arguments) for c in cases])]
+        tries += [("inductor", [lambda c=c: reference(*c.arguments) for c in cases])]
         tries += [("inductor", [torch.compile(formula, dynamic=False) for formula in eager])]
     for peer, calls in tries:
         if peer in found or not calls:
@@ -78,15 +107,15 @@ def candidates(cases: list[Case]) -> tuple[dict[str, list[Callable[[], Any]]], l
             gpu.capture(calls[:1])
             found[peer] = calls
         except Exception as error:
-            notes.append(f"{cases[0].op} {cases[0].label}: {peer}: {str(error).splitlines()[0]}")
+            notes.append(f"{cases[0].op} {cases[0].label}: {peer}: {(str(error).splitlines() or [repr(error)])[0]}")
             torch.cuda.synchronize()
     return found, notes
 
 
-def measure(cases: list[Case], bandwidth: float) -> tuple[dict[str, Any], list[str]]:
+def measure(cases: list[Case], bandwidth: float, compiled: Compiled) -> tuple[dict[str, Any], list[str]]:
     case = cases[0]
     check_case(case)
-    functions, notes = candidates(cases)
+    functions, notes = candidates(cases, compiled)
     timings = gpu.compare(functions)
     own = timings["op"]
     row = {
@@ -97,32 +126,55 @@ def measure(cases: list[Case], bandwidth: float) -> tuple[dict[str, Any], list[s
         "us_quartiles": [own.lower * 1e6, own.upper * 1e6],
         "gb_per_s": case.num_bytes / own.median / 1e9,
         "of_copy_bandwidth": case.num_bytes / own.median / bandwidth,
+        "copy_of_copy_bandwidth": case.num_bytes / timings["copy"].median / bandwidth,
         **{peer: timing.median / own.median for peer, timing in timings.items() if peer != "op"},
     }
     return row, notes
+
+
+def size_allows(row: dict[str, Any]) -> bool:
+    return row["copy_of_copy_bandwidth"] >= GOAL
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """How many of the rows whose size allows it reach the goal, and which do not."""
+    allowed = [row for row in rows if size_allows(row)]
+    missed = [row for row in allowed if row["of_copy_bandwidth"] < GOAL]
+    names = ", ".join(f"{row['op']} {row['sizes']} ({row['of_copy_bandwidth']:.2f})" for row in missed)
+    reached = (
+        f"{len(allowed) - len(missed)} of the {len(allowed)} sizes that allow it reach {GOAL:.0%} of the copy bandwidth"
+    )
+    return f"{reached}; below: {names}." if missed else f"{reached}."
 
 
 def markdown(head: dict[str, Any], rows: list[dict[str, Any]], notes: list[str]) -> str:
     lines = [
         f"{head['device']}, torch {head['torch']}, CUDA {head['cuda']}, commit {head['commit']}, {head['dtype']}: copy "
         f"{head['copy_bandwidth'] / 1e12:.2f} TB/s, bf16 matrix product {head['matrix_rate'] / 1e12:.0f} TFLOP/s. "
-        "eager/op and inductor/op: their time over the op's.",
+        "Columns peer/op: the peer's time over the op's; copy is a copy of as many bytes. Goal: at least "
+        f"{GOAL:.0%} of the copy bandwidth, where the copy of as many bytes reaches it.",
         "",
-        "| op | sizes | us | GB/s | of copy | eager/op | inductor/op |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        verdict(rows),
+        "",
+        "| op | sizes | us | GB/s | of copy bandwidth | goal | copy/op | eager/op | inductor/op |",
+        "|---|---|--:|--:|--:|---|--:|--:|--:|",
     ]
     for row in rows:
-        peers = (f"{row[peer]:.2f}" if peer in row else "" for peer in ("eager", "inductor"))
+        goal = ("reached" if row["of_copy_bandwidth"] >= GOAL else "missed") if size_allows(row) else ""
+        peers = (f"{row[peer]:.2f}" if peer in row else "" for peer in ("copy", "eager", "inductor"))
         lines.append(
             f"| {row['op']} | {row['sizes']} | {row['us']:.2f} | {row['gb_per_s']:.0f} | "
-            f"{row['of_copy_bandwidth']:.2f} | {' | '.join(peers)} |"
+            f"{row['of_copy_bandwidth']:.2f} | {goal} | {' | '.join(peers)} |"
         )
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -133,14 +185,17 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=200, help="start no further op after this time")
+    parser.add_argument("--commit", default="", help="of the sources, for where git does not know it")
     args = parser.parse_args()
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    head = gpu.describe() | {"commit": commit(), "dtype": args.dtype}
+    head = gpu.describe() | {"commit": args.commit or commit(), "dtype": args.dtype}
     head |= {"copy_bandwidth": gpu.copy_bandwidth(), "matrix_rate": gpu.matrix_rate()}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for family in args.family:
+        torch._dynamo.reset()
+        compiled = Compiled()
         for tokens in SIZES.get(family, args.tokens):
             if tokens > MOST_TOKENS.get(family, tokens):
                 continue
@@ -149,7 +204,7 @@ def main() -> None:
                     notes.append(f"{cases[0].op} {cases[0].label}: not reached in {args.seconds:.0f} s")
                     continue
                 try:
-                    row, said = measure(cases, head["copy_bandwidth"])
+                    row, said = measure(cases, head["copy_bandwidth"], compiled)
                 except AssertionError as error:
                     notes.append(f"{cases[0].op} {cases[0].label}: wrong, not timed: {error}")
                     continue

@@ -7,13 +7,14 @@ the L2 cache; figures are medians over replays, taken in turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ferrum_ops.testing.timing import Timing, timing_of
 
+DEVICE = "cuda"
 #: Calls in one graph, and the least seconds one sample lasts: well above the resolution of an event.
 CALLS, SAMPLE_SECONDS = 12, 5e-4
 
@@ -52,7 +53,7 @@ def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def compare(functions: dict[str, Sequence[Callable[[], Any]]], *, repeats: int = 20) -> dict[str, Timing]:
+def compare(functions: Mapping[str, Sequence[Callable[[], Any]]], *, repeats: int = 20) -> dict[str, Timing]:
     """Seconds per call of every candidate, taking turns.
 
     Args:
@@ -81,12 +82,12 @@ def _seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
 
 def copy_bandwidth(num_bytes: int = 1 << 30) -> float:
     """Bytes per second of a copy on the device, counting those read and those written."""
-    source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda").zero_()
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE).zero_()
     target = torch.empty_like(source)
     return 2 * num_bytes / compare({"": [lambda: target.copy_(source)]}, repeats=9)[""].median
 
 
 def matrix_rate(dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
     """Operations per second of a square product of random matrices."""
-    a, b = torch.randn(2, size, size, device="cuda").to(dtype).unbind()
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype).unbind()
     return 2 * size**3 / compare({"": [lambda: a @ b]}, repeats=5)[""].median
