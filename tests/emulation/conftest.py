@@ -1,7 +1,7 @@
 import pytest
 
 import ferrum_ops
-from tests.emulation import emulator
+from tests.emulation import emulator, mutations
 from tests.ops.test_every_op import copy_args, outputs
 
 
@@ -12,10 +12,16 @@ def emulation():
         pytest.skip(f"emulation: {reason}")
 
 
+def pytest_addoption(parser):
+    """Known where pytest is given this folder or a file of it."""
+    parser.addoption("--mutation", choices=mutations.SHIPPED, help="test this mutant of the shipped kernels")
+
+
 @pytest.fixture(scope="session")
-def emulated(emulation):
+def emulated(emulation, request):
     """The library of all shipped CUDA kernels, on CPU tensors."""
-    return emulator.shipped()
+    name = request.config.getoption("--mutation", default=None)
+    return emulator.shipped(mutations.replacement(mutations.SHIPPED[name]) if name else None)
 
 
 @pytest.fixture(params=[("forward", "behind"), ("reverse", "before"), ("random", "behind")], ids=lambda p: p[0])

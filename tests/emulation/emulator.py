@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class Emulated:
         with _build_lock("runtime"):
             _remove_unused()
             objects = compile_all(RUNTIME, [])
-        with _build_lock(namespace):
+        with nullcontext() if replace else _build_lock(namespace):  # a mutant is one process's
             library = _link([*objects, *compile_all(sources, defines)], namespace)
         self.namespace = namespace
         self._definitions = torch.library.Library(namespace, "DEF")
@@ -214,7 +214,6 @@ def emulated_op_names() -> list[str]:
     return sorted(name for path in kernel_sources() for name in registered_names(path.read_text()))
 
 
-@cache
-def shipped() -> Emulated:
-    """All of csrc/cuda, as `torch.ops.ferrum_emulated`."""
-    return Emulated(kernel_sources(), "ferrum_emulated")
+def shipped(replace: dict[Path, str] | None = None) -> Emulated:
+    """All of csrc/cuda, as `torch.ops.ferrum_emulated`: once in a process."""
+    return Emulated(kernel_sources(), "ferrum_emulated", replace)

@@ -65,6 +65,12 @@ def test_any_alignment(kernel, gate_at, up_at, out_at, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_up_have_strides_of_their_own(kernel, dtype):
+    gate, up = torch.randn(3, 80).to(dtype)[:, :64], torch.randn(3, 96).to(dtype)[:, 16:80]
+    assert torch.equal(kernel("silu_mul.gate_up", gate, up)[0], kernel("silu_mul", torch.cat((gate, up), -1))[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_out_may_be_the_gate(emulated, dtype):
     gate_up = torch.randn(9, 256).to(dtype)
     expected, up = emulated.op("silu_mul")(gate_up), gate_up[:, 128:].clone()

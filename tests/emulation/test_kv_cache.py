@@ -110,6 +110,20 @@ def test_heads_with_gaps_and_any_alignment(kernel, first, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k_first, v_first", [(0, 1), (1, 0), (8, 0)])
+def test_keys_and_values_that_lie_differently(kernel, k_first, v_first, dtype):
+    """Each side has its own alignment and its own strides of sequences, tokens and heads."""
+    k = torch.randn(2, 3, 2, 40).to(dtype)[..., k_first : k_first + 16]
+    v = torch.randn(2, 4, 3, 24).to(dtype)[:, 1:, 1:, v_first : v_first + 16]
+    caches = torch.randn(2, 2, 2, 6, 16).to(dtype)
+    args = (*caches.unbind(), k, v, ints(3, 1))
+    assert same_bits(torch.stack(kernel("kv_append_", *args)), torch.stack(on_cpu("kv_append_", *args)))
+    pools = torch.randn(2, 3, 4, 2, 16).to(dtype)
+    args = (*pools.unbind(), k[1], v[0], ints(11, 0, 6))
+    assert same_bits(torch.stack(kernel("paged_kv_write_", *args)), torch.stack(on_cpu("paged_kv_write_", *args)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [1, 16, 63, 128, 520])
 def test_int8_equals_the_cpus_bit_for_bit(kernel, head_dim, dtype):
     scale = torch.logspace(-9, 6, 6)[:, None, None]  # below the smallest scale, and at the largest half
