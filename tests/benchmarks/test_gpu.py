@@ -96,7 +96,7 @@ def test_what_no_time_is_left_for_is_named(replaced, monkeypatch, tmp_path):
 @pytest.mark.parametrize("family", benchmark.FAMILIES)
 def test_every_family_has_cases_of_any_number_of_tokens(family, replaced):
     for cases in benchmark.case_sets(family, torch.bfloat16, 3):
-        assert len(cases) == 2 and cases[0].num_bytes > 0
+        assert len(cases) == 2
 
 
 def row(of_copy, copy):

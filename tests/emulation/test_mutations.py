@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import ferrum_ops
-from ferrum_ops.testing.compare import assert_close
-from tests.emulation.emulator import CSRC, HERE, SCHEDULES, Emulated
+from ferrum_ops.testing.compare import assert_close, tolerance
+from tests.emulation.emulator import CSRC, HERE, SCHEDULES, Emulated, registered_names
+from tests.emulation.mutations import SHIPPED, replacement
+from tests.ops.test_every_op import copy_args, outputs, to_float64
 
 BLOCK, TILE = HERE / "kernels" / "block.cu", HERE / "kernels" / "tile.cu"
 NORM = CSRC / "cuda" / "norm.cu"
@@ -200,3 +202,36 @@ def test_a_mutation_is_caught(mutation, emulation):
     library = Emulated([mutation.source], namespace, replace={mutation.source: changed})
     with pytest.raises((RuntimeError, AssertionError), match=mutation.finding):
         run(library, mutation.op, *mutation.case())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_mutations_of_shipped_kernels_apply(name):
+    assert replacement(SHIPPED[name])
+
+
+#: One of each file, to be seen on the registry's samples alone. `python -m tests.emulation.mutations` runs all.
+REPRESENTATIVE = (
+    "activation-bound",
+    "gather-barrier",
+    "kv-last-row",
+    "combine-skipped-pair",
+    "route-taken",
+    "rope-second-of-interleaved",
+    "penalty-barrier",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_mutation_of_a_shipped_kernel_is_caught(name, emulation):
+    ((source, text),) = replacement(SHIPPED[name]).items()
+    library = Emulated([source], "ferrum_mutant_" + name.replace("-", "_"), replace={source: text})
+    with pytest.raises((RuntimeError, AssertionError)):
+        for op in map(ferrum_ops.OPS.__getitem__, sorted(registered_names(text))):
+            for args in op.inputs("cpu", torch.float32):
+                expected = outputs(op, op.ref, copy_args(args, to_float64))
+                for schedule in SCHEDULES:
+                    with library.guard_pages("behind"), library.schedule(schedule, seed=3):
+                        got = outputs(op, library.op(op.name), copy_args(args))
+                    for g, e in zip(got, expected):
+                        assert_close(op.name, g, e, tolerance(op.name, torch.float32))
