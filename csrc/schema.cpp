@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
       "gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, "
       "int zero_offset) -> Tensor");
   m.def(
+      "gptq_moe_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, "
+      "Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, int top_k, "
+      "int block_size, int bits, int zero_offset) -> Tensor");
+  m.def(
       "int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "int out_features, int group_size, str activation) -> Tensor");
   m.def("int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor");

@@ -30,7 +30,7 @@ from ferrum_ops.ops.marlin import (
     marlin_workspace,
 )
 from ferrum_ops.ops.moe_combine import moe_combine, weighted_sum, weighted_sum_residual_, weighted_sum_residual_norm_
-from ferrum_ops.ops.moe_gemm import marlin_moe_gemm, moe_experts_int4
+from ferrum_ops.ops.moe_gemm import gptq_moe_gemm, marlin_moe_gemm, moe_experts_int4
 from ferrum_ops.ops.moe_routing import (
     moe_align_block_size,
     moe_build_pairs_by_token,
@@ -64,6 +64,7 @@ __all__ = [
     "gguf_pack",
     "gptq_dequantize",
     "gptq_gemm",
+    "gptq_moe_gemm",
     "int4_linear",
     "int4_pack",
     "int4_unpack",

@@ -24,6 +24,7 @@ INFRASTRUCTURE = {
 }
 #: Ops without a kernel of their own on CPU, and why they need none.
 NO_CPU_KERNEL = {
+    "gptq_moe_gemm": "experts on the CPU are re-packed at load for moe_experts_int4",
     "marlin_gemm": "a layout for tensor cores; the reference is its meaning",
     "marlin_moe_gemm": "a layout for tensor cores; the reference is its meaning",
     "marlin_permute_scales": "data movement at load",
@@ -250,6 +251,7 @@ gguf_moe_linear(Tensor x, Tensor blocks, int type, Tensor topk_ids, str activati
 gguf_pack(Tensor blocks, int type) -> Tensor
 gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int zero_offset, ScalarType dtype) -> Tensor
 gptq_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, int bits, int zero_offset) -> Tensor
+gptq_moe_gemm(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, Tensor? bias, Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, int top_k, int block_size, int bits, int zero_offset) -> Tensor
 int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 int4_pack(Tensor qweight, Tensor? perm, int in_features) -> Tensor
 int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> Tensor

@@ -6,8 +6,8 @@ Calls go round several layers, whose weights together do not fit any cache, with
 Printed per number of tokens: median microseconds and quartiles, GB/s of the weights of the experts in use, that as a
 fraction of the read bandwidth measured in the same run, and billions of integer operations per second.
 
-First one gate_up product of a few experts by `marlin_moe_gemm`, warm. Where it has no kernel its reference unpacks the
-weights of every expert in use at each call.
+First one gate_up product of a few experts by `marlin_moe_gemm` and one by `gptq_moe_gemm`, warm. Where they have no
+kernel their references unpack the weights of every expert in use at each call.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import ferrum_ops
 from ferrum_ops.formats import int4
 from ferrum_ops.ops.marlin import marlin_workspace
-from ferrum_ops.ops.moe_gemm import random_marlin_experts
+from ferrum_ops.ops.moe_gemm import random_gptq_experts, random_marlin_experts
 from ferrum_ops.testing.timing import Case, bytes_of, check_case, read_bandwidth, run_cases
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, GROUP_SIZE = 2048, 768, 128, 8, 128
@@ -68,6 +68,16 @@ def marlin_cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
         yield Case("marlin_moe_gemm", f"T={tokens} E=8", arguments, moved)
 
 
+def gptq_cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    stack = random_gptq_experts(8, HIDDEN, 2 * WIDTH, HIDDEN // GROUP_SIZE, 4, "cpu")
+    for tokens in (1, 64):
+        hidden, (ids, _) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, 8)
+        blocks = ferrum_ops.moe_align_block_size(ids, 8, 16)
+        arguments = (hidden, *stack, None, None, *blocks, None, ids.shape[1], 16, 4, 1)
+        moved = bytes_of(hidden, *stack) + ids.numel() * 2 * WIDTH * dtype.itemsize
+        yield Case("gptq_moe_gemm", f"T={tokens} E=8", arguments, moved)
+
+
 def run(tokens: int, layers: list[tuple[Any, ...]], activation: str, dtype: torch.dtype, bandwidth: float) -> None:
     hidden = torch.randn(tokens, HIDDEN).to(dtype)
     expert_bytes = sum(bytes_of(layers[0][i]) for i in (0, 1, 5, 6)) / EXPERTS
@@ -98,7 +108,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    run_cases(marlin_cases(dtype), repeats=5)
+    run_cases([*marlin_cases(dtype), *gptq_cases(dtype)], repeats=5)
     for case in cases(dtype):
         check_case(case)
     bandwidth = read_bandwidth()

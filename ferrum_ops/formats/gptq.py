@@ -204,6 +204,28 @@ def check_tensors(
     return in_features, out_features, groups
 
 
+def check_stack(
+    op: str, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None, bits: int
+) -> tuple[int, int, int, int]:
+    """(E, K, N, G) of the tensors of E projections, each with a leading dimension E, as `check_tensors`."""
+    experts = qweight.shape[0] if qweight.dim() == 3 else 0
+    for name, stack, dims in (
+        ("qweight", qweight, 3),
+        ("qzeros", qzeros, 3),
+        ("scales", scales, 3),
+        ("g_idx", g_idx, 2),
+    ):
+        if stack is not None and (stack.dim() != dims or stack.shape[0] != experts):
+            expected = f"({experts}, rows, columns)" if dims == 3 else f"({experts}, K)"
+            raise ValueError(f"[{op}] {name}: expected {expected}, got {tuple(stack.shape)}")
+
+    def one(stack: torch.Tensor) -> torch.Tensor:  # its shape, which a stack of none has too
+        return torch.empty(stack.shape[1:], dtype=stack.dtype, device="meta")
+
+    order = None if g_idx is None else one(g_idx)
+    return experts, *check_tensors(op, one(qweight), one(qzeros), one(scales), order, bits)
+
+
 def check_g_idx(op: str, g_idx: torch.Tensor, groups: int) -> None:
     """Raise ValueError when a value of `g_idx` is no group. Reads the values: on a device the host waits."""
     if g_idx.numel() == 0:

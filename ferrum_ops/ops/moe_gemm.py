@@ -1,5 +1,5 @@
-"""Routed experts: the whole block over int4 weights as one op (CPU), and one product in the Marlin layout, grouped by
-expert, for tensor cores.
+"""Routed experts: the whole block over int4 weights as one op (CPU), and one product grouped by expert, in the Marlin
+layout for tensor cores or over GPTQ words as they lie in a checkpoint.
 
 T tokens, H hidden, I expert width, E experts, K top-k.
 """
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ferrum_ops._library import refuse_grad, register
+from ferrum_ops.formats import gptq, marlin
 from ferrum_ops.formats import int4 as layout
-from ferrum_ops.formats import marlin
+from ferrum_ops.ops.gptq import random_projection
 from ferrum_ops.ops.int4 import (
     ACTIVATIONS,
     check_activation,
@@ -24,7 +25,7 @@ from ferrum_ops.ops.int4 import (
     random_matrix,
 )
 from ferrum_ops.ops.marlin import check_bias, check_product, gather_packed_rows, marlin_workspace, random_marlin
-from ferrum_ops.ops.moe_routing import BLOCK_SIZES, moe_align_block_size_ref
+from ferrum_ops.ops.moe_routing import check_blocks, expert_of_rows, moe_align_block_size_ref
 
 #: What happens to a product's sums before they are rounded.
 EPILOGUES = ("none", "silu_mul")
@@ -85,6 +86,58 @@ def moe_experts_int4(
         intermediate_size,
         activation,
     )
+
+
+def gptq_moe_gemm(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    top_k: int,
+    block_size: int,
+    bits: int = 4,
+    zero_offset: int = 1,
+) -> torch.Tensor:
+    """Every row of x times the matrices of its experts, over stacked GPTQ words as they lie in a checkpoint.
+
+    Row p of the result, of P = M * top_k, is `(x[p // top_k] @ w[e] + bias[e]) * topk_weights.flatten()[p]`, where e is
+    the expert of the block in which sorted_token_ids names p, and w[e] what `gptq_dequantize` gives in fp32. How a
+    routed block uses it, and what a row is that no block names, is as in `marlin_moe_gemm`. Sums are fp32 and so is
+    everything after them, until one rounding; what CUDA rounds before is what `gptq_gemm` rounds there, except that
+    groups need 128 in-features (64 for 8 bits) to go without.
+
+    Args:
+        x: `[M, K]`, float32, float16 or bfloat16; on CUDA rows that do not begin on a multiple of 4 bytes are copied.
+        qweight: int32 `[E, K*bits/32, N]`; this, qzeros, scales and g_idx as in `gptq_gemm`, each with a leading
+            dimension E.
+        qzeros: int32 `[E, G, N*bits/32]`.
+        scales: `[E, G, N]`, float32, float16 or bfloat16.
+        g_idx: int32 `[E, K]`: each expert has an act-order of its own; None means `k // (K / G)`.
+        bias: floating `[E, N]`.
+        sorted_token_ids, block_ids, total_post_pad: as in `marlin_moe_gemm`, from `moe_align_block_size`.
+        topk_weights: float32 with P elements in any shape, contiguous. None: no product with the router's weight.
+        top_k: rows of the result per row of x, at least 1.
+        block_size: 8, 16, 32, 48, 64 or 128, the one given to `moe_align_block_size`.
+        bits: 2, 3, 4 or 8.
+        zero_offset: 1 when qzeros hold `zero - 1` (checkpoint_format "gptq"), 0 when they hold the zero point
+            ("gptq_v2").
+
+    Returns:
+        `[M * top_k, N]`, contiguous, of x's dtype.
+
+    Raises ValueError for bits, sizes, shapes or dtypes that do not fit, and on the CPU for a g_idx outside `[0, G)`; on
+    another device such in-features make the rows of their expert NaN. RuntimeError for weights that are not contiguous
+    (CUDA), and when x, scales, bias or topk_weights require grad.
+    """
+    refuse_grad("gptq_moe_gemm", x, scales, bias, topk_weights)
+    weights, blocks = (qweight, qzeros, scales, g_idx, bias), (sorted_token_ids, block_ids, total_post_pad)
+    return torch.ops.ferrum.gptq_moe_gemm(x, *weights, *blocks, topk_weights, top_k, block_size, bits, zero_offset)
 
 
 def marlin_moe_gemm(
@@ -185,50 +238,6 @@ def product_columns(out_features: int, epilogue: str) -> int:
     return 2 * (-(-out_features // marlin.GATE_RUN) * marlin.GATE_RUN)
 
 
-def _check_blocks(
-    rows: int,
-    sorted_token_ids: torch.Tensor,
-    block_ids: torch.Tensor,
-    total_post_pad: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    block_size: int,
-) -> None:
-    op = "marlin_moe_gemm"
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"[{op}] block_size: expected one of {BLOCK_SIZES}, got {block_size}")
-    blocks = -(-sorted_token_ids.numel() // block_size)
-    for name, ids, size in (
-        ("sorted_token_ids", sorted_token_ids, sorted_token_ids.numel()),
-        ("block_ids", block_ids, blocks),
-        ("total_post_pad", total_post_pad, 1),
-    ):
-        if ids.dtype != torch.int32 or ids.shape != (size,) or not ids.is_contiguous():
-            raise ValueError(f"[{op}] {name}: expected contiguous int32 ({size},), got {marlin.describe(ids)}")
-    if topk_weights is not None:
-        # float64 only where a test computes all in it.
-        fits = topk_weights.dtype in (torch.float32, torch.float64) and topk_weights.numel() == rows
-        if not fits or not topk_weights.is_contiguous():
-            got = marlin.describe(topk_weights)
-            raise ValueError(f"[{op}] topk_weights: expected contiguous float32 with {rows} elements, got {got}")
-
-
-def expert_of_rows(
-    rows: int,
-    num_experts: int,
-    sorted_token_ids: torch.Tensor,
-    block_ids: torch.Tensor,
-    total_post_pad: torch.Tensor,
-    block_size: int,
-) -> torch.Tensor:
-    """int64 `[rows]`: the expert of the block that names each row; -1 where none does, or one without an expert."""
-    place = torch.arange(sorted_token_ids.numel(), device=sorted_token_ids.device)
-    expert = block_ids.long()[place // block_size]
-    named = (sorted_token_ids >= 0) & (sorted_token_ids < rows) & (place < total_post_pad)
-    used = named & (expert >= 0) & (expert < num_experts)
-    of_row = torch.full((rows + 1,), -1, device=sorted_token_ids.device)  # entries that count for nothing go behind
-    return of_row.scatter(0, torch.where(used, sorted_token_ids, rows).long(), expert)[:rows]
-
-
 def marlin_moe_gemm_ref(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -261,7 +270,7 @@ def marlin_moe_gemm_ref(
         op, x, packed, scales, zeros, perm, workspace, columns, group_size, bits, reduction, max_sms, tuple(experts)
     )
     check_bias(op, bias, (*experts, columns))
-    _check_blocks(rows, sorted_token_ids, block_ids, total_post_pad, topk_weights, block_size)
+    check_blocks(op, rows, sorted_token_ids, block_ids, total_post_pad, topk_weights, block_size)
     compute = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(rows, out_features, dtype=compute, device=x.device)
     of_row = expert_of_rows(rows, experts.numel(), sorted_token_ids, block_ids, total_post_pad, block_size)
@@ -347,6 +356,112 @@ def marlin_moe_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[An
         weights = torch.rand(tokens, top_k, device=device) if act_order else None
         shape = (top_k, block_size, out, group_size, bits)
         yield x, *stack, bias, *blocks, weights, workspace, *shape, epilogue, "fp32", 0
+
+
+def check_gptq_moe_gemm(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    top_k: int,
+    block_size: int,
+    bits: int,
+) -> tuple[int, int, int, int]:
+    """(E, K, N, G); raises ValueError when dtypes or shapes do not fit together."""
+    op = "gptq_moe_gemm"
+    experts, in_features, out_features, groups = gptq.check_stack(op, qweight, qzeros, scales, g_idx, bits)
+    if not x.is_floating_point() or x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"[{op}] x: expected floating (M, {in_features}), got {marlin.describe(x)}")
+    if top_k < 1:
+        raise ValueError(f"[{op}] top_k: expected at least 1, got {top_k}")
+    if bias is not None and (not bias.is_floating_point() or bias.shape != (experts, out_features)):
+        raise ValueError(f"[{op}] bias: expected floating ({experts}, {out_features}), got {marlin.describe(bias)}")
+    blocks = (sorted_token_ids, block_ids, total_post_pad)
+    check_blocks(op, x.shape[0] * top_k, *blocks, topk_weights, block_size)
+    return experts, in_features, out_features, groups
+
+
+def gptq_moe_gemm_ref(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    top_k: int,
+    block_size: int,
+    bits: int,
+    zero_offset: int,
+) -> torch.Tensor:
+    """Computes in float64 when x is. Expert by expert; the host waits for the device."""
+    op, blocks = "gptq_moe_gemm", (sorted_token_ids, block_ids, total_post_pad)
+    experts, _, out_features, _ = check_gptq_moe_gemm(
+        x, qweight, qzeros, scales, g_idx, bias, *blocks, topk_weights, top_k, block_size, bits
+    )
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros(x.shape[0] * top_k, out_features, dtype=compute, device=x.device)
+    of_row = expert_of_rows(out.shape[0], experts, *blocks, block_size)
+    for e in range(experts):
+        mine = torch.nonzero(of_row == e).flatten()
+        if mine.numel() == 0:
+            continue
+        order = None if g_idx is None else g_idx[e]
+        weight = gptq.dequantize(qweight[e], qzeros[e], scales[e], order, bits, zero_offset, op=op).to(compute)
+        product = x[mine // top_k].to(compute) @ weight
+        if bias is not None:
+            product = product + bias[e].to(compute)
+        if topk_weights is not None:
+            product = product * topk_weights.flatten()[mine].to(compute).unsqueeze(-1)
+        out[mine] = product
+    return out.to(x.dtype)
+
+
+def gptq_moe_gemm_fake(
+    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    top_k = rest[6]
+    return x.new_empty((x.shape[0] * top_k, scales.shape[-1]))
+
+
+def random_gptq_experts(
+    num_experts: int, in_features: int, out_features: int, groups: int, bits: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random stacks of qweight, qzeros and scales."""
+    each = [random_projection(in_features, out_features, groups, bits, device) for _ in range(num_experts)]
+    qweight, qzeros, scales = map(torch.stack, zip(*each))
+    return qweight, qzeros, scales
+
+
+def gptq_moe_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    cases = (
+        # T, top-k, E, K, N, groups, bits, block size, act-order, biased and weighted
+        (5, 3, 4, 128, 72, 1, 4, 8, False, True),
+        (7, 2, 3, 96, 45, 3, 3, 16, True, False),
+        (33, 1, 2, 64, 64, 2, 8, 32, False, False),
+        (20, 2, 2, 128, 40, 1, 2, 48, False, True),
+        (0, 2, 3, 32, 64, 1, 4, 64, False, False),
+    )
+    for tokens, top_k, experts, width, out, groups, bits, block_size, act_order, weighted in cases:
+        stack = random_gptq_experts(experts, width, out, groups, bits, device)
+        ids = torch.randint(-1, experts + 1, (tokens, top_k), device=device).to(torch.int32)
+        blocks = moe_align_block_size_ref(ids, experts, block_size, True, None)
+        x = torch.randn(tokens, width, device=device, dtype=dtype)
+        in_order = torch.arange(width, device=device, dtype=torch.int32) * groups // width
+        orders = [in_order[torch.randperm(width, device=device)] for _ in range(experts)]
+        bias = torch.randn(experts, out, device=device, dtype=dtype) if weighted else None
+        weights = torch.rand(tokens, top_k, device=device) if weighted else None
+        order = torch.stack(orders) if act_order else None
+        yield x, *stack, order, bias, *blocks, weights, top_k, block_size, bits, int(not act_order)
 
 
 def moe_experts_int4_ref(
@@ -486,4 +601,10 @@ register(
     ref=marlin_moe_gemm_ref,
     fake=marlin_moe_gemm_fake,
     inputs=marlin_moe_gemm_inputs,
+)
+register(
+    "gptq_moe_gemm",
+    ref=gptq_moe_gemm_ref,
+    fake=gptq_moe_gemm_fake,
+    inputs=gptq_moe_gemm_inputs,
 )

@@ -9,6 +9,7 @@ import torch
 
 from ferrum_ops._checks import check_activation, check_shape, compute_dtype, expect
 from ferrum_ops._library import refuse_grad, register
+from ferrum_ops.formats.marlin import describe
 
 MAX_EXPERTS = 1024
 BLOCK_SIZES = (8, 16, 32, 48, 64, 128)
@@ -332,6 +333,51 @@ def moe_compute_ids_tpe_fake(
 def moe_compute_ids_tpe_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for i, (ids, experts) in enumerate(_sample_ids(device)):
         yield ids, experts, [[1536, 2048], [], [1], [64, 65, 127]][i % 4]
+
+
+def check_blocks(
+    op: str,
+    rows: int,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    block_size: int,
+) -> None:
+    """Raise ValueError unless these are what `moe_align_block_size` gives, and weights of `rows` rows."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"[{op}] block_size: expected one of {BLOCK_SIZES}, got {block_size}")
+    blocks = -(-sorted_token_ids.numel() // block_size)
+    for name, ids, size in (
+        ("sorted_token_ids", sorted_token_ids, sorted_token_ids.numel()),
+        ("block_ids", block_ids, blocks),
+        ("total_post_pad", total_post_pad, 1),
+    ):
+        if ids.dtype != torch.int32 or ids.shape != (size,) or not ids.is_contiguous():
+            raise ValueError(f"[{op}] {name}: expected contiguous int32 ({size},), got {describe(ids)}")
+    if topk_weights is not None:
+        # float64 only where a test computes all in it.
+        fits = topk_weights.dtype in (torch.float32, torch.float64) and topk_weights.numel() == rows
+        if not fits or not topk_weights.is_contiguous():
+            got = describe(topk_weights)
+            raise ValueError(f"[{op}] topk_weights: expected contiguous float32 with {rows} elements, got {got}")
+
+
+def expert_of_rows(
+    rows: int,
+    num_experts: int,
+    sorted_token_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    total_post_pad: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """int64 `[rows]`: the expert of the block that names each row; -1 where none does, or one without an expert."""
+    place = torch.arange(sorted_token_ids.numel(), device=sorted_token_ids.device)
+    expert = block_ids.long()[place // block_size]
+    named = (sorted_token_ids >= 0) & (sorted_token_ids < rows) & (place < total_post_pad)
+    used = named & (expert >= 0) & (expert < num_experts)
+    of_row = torch.full((rows + 1,), -1, device=sorted_token_ids.device)  # entries that count for nothing go behind
+    return of_row.scatter(0, torch.where(used, sorted_token_ids, rows).long(), expert)[:rows]
 
 
 register(

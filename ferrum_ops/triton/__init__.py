@@ -15,6 +15,7 @@ KERNELS = {
     "attention": "ferrum_ops.triton.attention",
     "gptq_dequantize": "ferrum_ops.triton.gptq",
     "gptq_gemm": "ferrum_ops.triton.gptq",
+    "gptq_moe_gemm": "ferrum_ops.triton.moe_gemm",
     "paged_attention": "ferrum_ops.triton.attention",
 }
 

@@ -43,9 +43,13 @@ def pick_gptq_gemm_config(
     target: Target,
 ) -> GemmConfig:
     """For x `[rows, in_features]`; `group_size` is K / G (anything with g_idx)."""
-    periods = in_features // codes_per_period(bits)
-    config = _tile(_groups(in_features, bits, group_size, has_g_idx, dtype), dtype, few_rows=rows <= 16)
+    config = tile_of(groups_of(in_features, bits, group_size, has_g_idx, dtype), dtype, few_rows=rows <= 16)
     blocks = cdiv(rows, config.block_m) * cdiv(out_features, config.block_n)
+    return split(config, blocks, in_features // codes_per_period(bits), target)
+
+
+def split(config: GemmConfig, blocks: int, periods: int, target: Target) -> GemmConfig:
+    """`config` with K in as many splits as `blocks` of the result leave room for."""
     tiles = cdiv(periods, PERIODS.value)
     # Three blocks for each multiprocessor, of two tiles of K or more: a shorter loop would only fill its pipeline.
     wanted = max(1, min(3 * target.multiprocessors // max(blocks, 1), tiles // 2, MAX_SPLITS))
@@ -56,7 +60,7 @@ def codes_per_period(bits: int) -> int:
     return min(8, 32 // bits)
 
 
-def _groups(in_features: int, bits: int, group_size: int, has_g_idx: bool, dtype: torch.dtype) -> int:
+def groups_of(in_features: int, bits: int, group_size: int, has_g_idx: bool, dtype: torch.dtype) -> int:
     codes = codes_per_period(bits)
     if has_g_idx or dtype == torch.float32:
         return FROM_G_IDX.value
@@ -66,7 +70,7 @@ def _groups(in_features: int, bits: int, group_size: int, has_g_idx: bool, dtype
     return (ONE_PER_PERIOD if group_size % codes == 0 and bits != 3 else FROM_G_IDX).value
 
 
-def _tile(groups: int, dtype: torch.dtype, few_rows: bool) -> GemmConfig:
+def tile_of(groups: int, dtype: torch.dtype, few_rows: bool) -> GemmConfig:
     if groups == FROM_G_IDX.value:
         # Nothing is fetched ahead: each plane has scales of its own, more than shared memory has room for.
         return GemmConfig(groups, 32, 64, num_warps=8 if dtype == torch.float32 else 4, num_stages=1)
@@ -90,7 +94,7 @@ def _gemm_binary(config: GemmConfig, bits: int, dtype: torch.dtype) -> Binary:
     )
 
 
-def _reduce_binary(dtype: torch.dtype) -> Binary:
+def reduce_binary(dtype: torch.dtype) -> Binary:
     return Binary.of(kernels.gptq_reduce_kernel, 4, 1, DTYPE=DTYPES[dtype], BLOCK=REDUCE_BLOCK)
 
 
@@ -121,16 +125,16 @@ def binaries(capability: int) -> dict[Binary, dict[str, str]]:
                 ):
                     continue
                 for few_rows in (True, False):
-                    binary = _gemm_binary(_tile(groups, dtype, few_rows), bits, dtype)
+                    binary = _gemm_binary(tile_of(groups, dtype, few_rows), bits, dtype)
                     others = {"x_ptr": "*i32", "bias_ptr": out, "out_ptr": out, "partial_ptr": "*fp32"}
                     found[binary] = {**pointers, **others}
             for has_g_idx in (True, False):
                 found[_dequantize_binary(bits, has_g_idx, dtype)] = {**pointers, "out_ptr": out}
-        found[_reduce_binary(dtype)] = {"partial_ptr": "*fp32", "bias_ptr": out, "out_ptr": out}
+        found[reduce_binary(dtype)] = {"partial_ptr": "*fp32", "bias_ptr": out, "out_ptr": out}
     return found
 
 
-def _check_kernel_takes(
+def check_kernel_takes(
     op: str, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, zero_offset: int
 ) -> None:
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
@@ -151,7 +155,7 @@ def gptq_dequantize(
     op = "gptq_dequantize"
     in_features, out_features, groups = gptq.check_tensors(op, qweight, qzeros, scales, g_idx, bits)
     expect(dtype in DTYPES, op, "dtype", "float32, float16 or bfloat16", dtype)
-    _check_kernel_takes(op, qweight, qzeros, scales, zero_offset)
+    check_kernel_takes(op, qweight, qzeros, scales, zero_offset)
     out = scales.new_empty((in_features, out_features), dtype=dtype)
     if out.numel():
         binary = _dequantize_binary(bits, g_idx is not None, dtype)
@@ -175,7 +179,7 @@ def gptq_dequantize(
     return out
 
 
-def _words_of(x: torch.Tensor) -> torch.Tensor:
+def words_of(x: torch.Tensor) -> torch.Tensor:
     """x `[rows, K]` as 32-bit words. Rows that do not start on one are copied."""
     if x.numel() == 0:
         return x.new_empty(x.shape, dtype=torch.int32)
@@ -199,7 +203,7 @@ def gptq_gemm(
     in_features, out_features, groups = check_gemm(x, qweight, qzeros, scales, g_idx, bias, bits)
     expect(x.dtype in ACTIVATION_DTYPES, op, "x", "float32, float16 or bfloat16", x.dtype)
     expect(bias is None or bias.dtype in ACTIVATION_DTYPES, op, "bias", "float32, float16 or bfloat16", bias)
-    _check_kernel_takes(op, qweight, qzeros, scales, zero_offset)
+    check_kernel_takes(op, qweight, qzeros, scales, zero_offset)
     out = x.new_empty((*x.shape[:-1], out_features))
     if out.numel() == 0:
         return out
@@ -209,9 +213,9 @@ def gptq_gemm(
     )
     if g_idx is None and config.groups == FROM_G_IDX.value:
         g_idx = torch.arange(in_features, device=x.device, dtype=torch.int32) // max(group_size, 1)
-    words = _words_of(x.reshape(rows, in_features))
-    split = config.splits > 1
-    partial = x.new_empty((config.splits, rows, out_features) if split else 0, dtype=torch.float32)
+    words = words_of(x.reshape(rows, in_features))
+    in_splits = config.splits > 1
+    partial = x.new_empty((config.splits, rows, out_features) if in_splits else 0, dtype=torch.float32)
     tail = (out if bias is None else bias.contiguous(), out)
     bias_size = 0 if bias is None else out_features
     periods = in_features // codes_per_period(bits)
@@ -236,9 +240,9 @@ def gptq_gemm(
         bias_size,
         cdiv(cdiv(periods, PERIODS.value), config.splits),
     )
-    if split:
+    if in_splits:
         launch.run(
-            _reduce_binary(x.dtype),
+            reduce_binary(x.dtype),
             (cdiv(out.numel(), REDUCE_BLOCK),),
             partial,
             *tail,

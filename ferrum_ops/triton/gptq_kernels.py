@@ -110,6 +110,78 @@ def _multiplied(x, weight, sums, DTYPE: tl.constexpr):
         return tl.dot(x.to(tl.float32), weight, sums, input_precision="tf32")
 
 
+@triton.jit
+def _add_tile(
+    sums,  # fp32 [rows, columns] of the result's tile
+    tile,  # along K
+    x_rows,  # pointers [rows, 1] to words of x
+    in_rows,
+    n,  # columns
+    in_columns,
+    qweight_ptr,
+    qzeros_ptr,
+    scales_ptr,
+    g_idx_ptr,
+    periods,
+    out_features,
+    groups,
+    group_size,
+    zero_words,
+    zero_offset,
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """`sums` and one tile of K more."""
+    PLANES: tl.constexpr = 4 if BITS == 8 else 8
+    MASK: tl.constexpr = (1 << BITS) - 1
+    PACKED: tl.constexpr = 1 if DTYPE == tl.float32 else 2
+    period = tile * PERIODS + tl.arange(0, PERIODS)
+    in_tile = (period < periods)[:, None] & in_columns[None, :]
+    in_x = in_rows[:, None] & (period < periods)[None, :]
+    base = qweight_ptr + tl.cast(tile, tl.int64) * (PERIODS * PLANES * BITS // 32) * out_features
+    words = _periods(base, tl.arange(0, PERIODS)[:, None], n[None, :], in_tile, out_features, BITS)
+    partial = sums
+    scale = tl.zeros_like(n).to(tl.float32)
+    zero = tl.zeros_like(n)
+    if GROUPS == ONE_PER_TILE:
+        partial = tl.zeros_like(sums)
+        group = tile * (PERIODS * PLANES) // group_size
+        scale = tl.load(scales_ptr + group * out_features + n, mask=in_columns, other=0).to(tl.float32)
+        zero = _zero(qzeros_ptr + group * zero_words, n, in_columns, zero_offset, BITS)
+    for i in tl.static_range(PLANES // PACKED):
+        x_words = tl.load(x_rows + (period * (PLANES // PACKED) + i)[None, :], mask=in_x, other=0)
+        for lane in tl.static_range(PACKED):
+            x = _activations(x_words, lane, DTYPE)
+            code = (words >> BITS * (i * PACKED + lane)) & MASK
+            if GROUPS == ONE_PER_TILE:
+                weight = _centred(code, zero[None, :], BITS, DTYPE)
+                partial = tl.dot(x, weight, partial, input_precision="ieee")
+            else:
+                known = period < periods
+                if GROUPS == ONE_PER_PERIOD:
+                    group = period * PLANES // group_size
+                else:
+                    k = period * PLANES + i * PACKED + lane
+                    group = tl.load(g_idx_ptr + k, mask=known, other=0)
+                    known = (group >= 0) & (group < groups)
+                weight = _weight(
+                    code,
+                    scales_ptr,
+                    qzeros_ptr,
+                    group,
+                    n,
+                    in_tile & known[:, None],
+                    out_features,
+                    zero_words,
+                    zero_offset,
+                    BITS,
+                )
+                weight = tl.where(known[:, None] | ~in_tile, weight, float("nan"))
+                partial = _multiplied(x, weight, partial, DTYPE)
+    return sums + partial * scale[None, :] if GROUPS == ONE_PER_TILE else partial
+
+
 @triton.jit(do_not_specialize=["rows", "periods", "groups", "group_size", "zero_offset", "bias_size", "split_tiles"])
 def gptq_gemm_kernel(
     x_ptr,  # int32 [rows, x_stride]: words of two 16-bit activations or of one float32
@@ -137,9 +209,6 @@ def gptq_gemm_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Grid: (tiles of the result, those of one column of tiles next to each other; splits of K)."""
-    PLANES: tl.constexpr = 4 if BITS == 8 else 8
-    MASK: tl.constexpr = (1 << BITS) - 1
-    PACKED: tl.constexpr = 1 if DTYPE == tl.float32 else 2
     tiles_m = tl.cdiv(rows, BLOCK_M)
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,50 +217,27 @@ def gptq_gemm_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(1) * split_tiles
     for tile in range(first, tl.minimum(first + split_tiles, tl.cdiv(periods, PERIODS))):
-        period = tile * PERIODS + tl.arange(0, PERIODS)
-        in_tile = (period < periods)[:, None] & in_columns[None, :]
-        in_x = in_rows[:, None] & (period < periods)[None, :]
-        base = qweight_ptr + tl.cast(tile, tl.int64) * (PERIODS * PLANES * BITS // 32) * out_features
-        words = _periods(base, tl.arange(0, PERIODS)[:, None], n[None, :], in_tile, out_features, BITS)
-        partial = sums
-        scale = tl.zeros((BLOCK_N,), tl.float32)
-        zero = tl.zeros((BLOCK_N,), tl.int32)
-        if GROUPS == ONE_PER_TILE:
-            partial = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            group = tile * (PERIODS * PLANES) // group_size
-            scale = tl.load(scales_ptr + group * out_features + n, mask=in_columns, other=0).to(tl.float32)
-            zero = _zero(qzeros_ptr + group * zero_words, n, in_columns, zero_offset, BITS)
-        for i in tl.static_range(PLANES // PACKED):
-            x_words = tl.load(x_rows + (period * (PLANES // PACKED) + i)[None, :], mask=in_x, other=0)
-            for lane in tl.static_range(PACKED):
-                x = _activations(x_words, lane, DTYPE)
-                code = (words >> BITS * (i * PACKED + lane)) & MASK
-                if GROUPS == ONE_PER_TILE:
-                    weight = _centred(code, zero[None, :], BITS, DTYPE)
-                    partial = tl.dot(x, weight, partial, input_precision="ieee")
-                else:
-                    known = period < periods
-                    if GROUPS == ONE_PER_PERIOD:
-                        group = period * PLANES // group_size
-                    else:
-                        k = period * PLANES + i * PACKED + lane
-                        group = tl.load(g_idx_ptr + k, mask=known, other=0)
-                        known = (group >= 0) & (group < groups)
-                    weight = _weight(
-                        code,
-                        scales_ptr,
-                        qzeros_ptr,
-                        group,
-                        n,
-                        in_tile & known[:, None],
-                        out_features,
-                        zero_words,
-                        zero_offset,
-                        BITS,
-                    )
-                    weight = tl.where(known[:, None] | ~in_tile, weight, float("nan"))
-                    partial = _multiplied(x, weight, partial, DTYPE)
-        sums = sums + partial * scale[None, :] if GROUPS == ONE_PER_TILE else partial
+        sums = _add_tile(
+            sums,
+            tile,
+            x_rows,
+            in_rows,
+            n,
+            in_columns,
+            qweight_ptr,
+            qzeros_ptr,
+            scales_ptr,
+            g_idx_ptr,
+            periods,
+            out_features,
+            groups,
+            group_size,
+            zero_words,
+            zero_offset,
+            DTYPE,
+            BITS,
+            GROUPS,
+        )
     place = m.to(tl.int64)[:, None] * out_features + n[None, :]
     in_out = in_rows[:, None] & in_columns[None, :]
     if tl.num_programs(1) == 1:
@@ -199,6 +245,100 @@ def gptq_gemm_kernel(
         tl.store(out_ptr + place, (sums + bias[None, :]).to(DTYPE), mask=in_out)
     else:
         split = tl.program_id(1).to(tl.int64) * rows * out_features
+        tl.store(partial_ptr + split + place, sums, mask=in_out)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("rows", "top_k", "block_size", "entries", "experts", "periods", "groups", "group_size", "zero_offset"),
+        *("g_idx_stride", "bias_size", "weighted", "split_tiles"),
+    ]
+)
+def gptq_moe_gemm_kernel(
+    x_ptr,  # int32 [rows / top_k, x_stride]: words of two 16-bit activations or of one float32
+    qweight_ptr,  # int32 [experts, periods * words per period, out_features]
+    qzeros_ptr,  # int32 [experts, groups, zero_words]
+    scales_ptr,  # [experts, groups, out_features]
+    g_idx_ptr,  # int32 [K] of each expert, read for FROM_G_IDX only
+    bias_ptr,  # [experts, bias_size]; bias_size is out_features, or 0 without bias
+    sorted_ptr,  # int32 [entries]: rows of the result
+    block_ids_ptr,  # int32: the expert of each block of entries
+    total_ptr,  # int32 [1]: entries in use
+    weights_ptr,  # fp32 [rows], read where weighted
+    out_ptr,  # [rows, out_features], zeros, written where there is one split
+    partial_ptr,  # fp32 [splits, rows, out_features], zeros, written where there are more
+    rows,
+    top_k,
+    block_size,
+    entries,
+    experts,
+    x_stride,
+    periods,
+    out_features,
+    groups,
+    group_size,
+    zero_words,
+    zero_offset,
+    g_idx_stride,  # K, or 0 where all experts share it
+    bias_size,
+    weighted,
+    split_tiles,  # tiles along K of each split
+    DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: (blocks of entries, each in parts of BLOCK_M; tiles of columns; splits of K)."""
+    PLANES: tl.constexpr = 4 if BITS == 8 else 8
+    parts = tl.cdiv(block_size, BLOCK_M)
+    block = tl.program_id(0) // parts
+    m = tl.program_id(0) % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.minimum(tl.load(total_ptr), entries)
+    entry = block * block_size + m
+    row = tl.load(sorted_ptr + entry, mask=(m < block_size) & (entry < total), other=-1)
+    expert = tl.load(block_ids_ptr + block)
+    known = (expert >= 0) & (expert < experts)
+    expert = tl.where(known, expert, 0).to(tl.int64)
+    in_rows, in_columns = known & (row >= 0) & (row < rows), n < out_features
+    x_rows = x_ptr + tl.where(in_rows, row // top_k, 0).to(tl.int64)[:, None] * x_stride
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = tl.program_id(2) * split_tiles
+    last = tl.minimum(first + split_tiles, tl.cdiv(periods, PERIODS))
+    # A block that is not in use, or has no expert, has nothing to sum.
+    for tile in range(first, tl.where(known & (block * block_size < total), last, first)):
+        sums = _add_tile(
+            sums,
+            tile,
+            x_rows,
+            in_rows,
+            n,
+            in_columns,
+            qweight_ptr + expert * (periods * PLANES * BITS // 32) * out_features,
+            qzeros_ptr + expert * groups * zero_words,
+            scales_ptr + expert * groups * out_features,
+            g_idx_ptr + expert * g_idx_stride,
+            periods,
+            out_features,
+            groups,
+            group_size,
+            zero_words,
+            zero_offset,
+            DTYPE,
+            BITS,
+            GROUPS,
+        )
+    bias_size = tl.where(tl.program_id(2) == 0, bias_size, 0)  # of the first split
+    bias = tl.load(bias_ptr + expert * out_features + n, mask=n < bias_size, other=0).to(tl.float32)
+    weight = tl.load(weights_ptr + row, mask=in_rows & (weighted != 0), other=1)
+    sums = (sums + bias[None, :]) * weight[:, None]
+    place = tl.where(in_rows, row, 0).to(tl.int64)[:, None] * out_features + n[None, :]
+    in_out = in_rows[:, None] & in_columns[None, :]
+    if tl.num_programs(2) == 1:
+        tl.store(out_ptr + place, sums.to(DTYPE), mask=in_out)
+    else:
+        split = tl.program_id(2).to(tl.int64) * rows * out_features
         tl.store(partial_ptr + split + place, sums, mask=in_out)
 
 

@@ -52,6 +52,13 @@ def test_sums_equal_the_cpus_bit_for_bit(top_k, hidden, dtype, run):
     assert torch.equal(run("moe_combine", packed, pairs, weights), CPU.moe_combine(packed, pairs, weights))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [1, 8])
+def test_tokens_of_any_stride(gap, dtype, run):
+    slots, weights = torch.randn(3, 4 * 64 + gap).to(dtype)[:, : 4 * 64].view(3, 4, 64), torch.rand(3, 4)
+    assert torch.equal(run("weighted_sum", slots, weights), CPU.weighted_sum(slots, weights))
+
+
 def test_order_of_the_sum_is_ascending(run):
     # 1e8 + 1 - 1e8 is 0 in float32 in this order and 1 in any order that adds the large ones first.
     slots = torch.zeros(1, 11, 160)

@@ -1,4 +1,4 @@
-"""moe_experts_int4: the routed experts of a layer as one op, on every instruction level. marlin_moe_gemm: one grouped
+"""moe_experts_int4: the routed experts of a layer as one op, on every instruction level. gptq_moe_gemm and marlin_moe_gemm: one grouped
 product against a loop over pairs."""
 
 import pytest
@@ -9,7 +9,7 @@ import ferrum_ops
 from ferrum_ops.formats import gptq, int4, marlin
 from ferrum_ops.ops.gptq import random_projection
 from ferrum_ops.ops.marlin import marlin_workspace
-from ferrum_ops.ops.moe_gemm import moe_experts_int4_ref, random_experts
+from ferrum_ops.ops.moe_gemm import moe_experts_int4_ref, random_experts, random_gptq_experts
 from ferrum_ops.ops.moe_routing import BLOCK_SIZES
 from ferrum_ops.testing.compare import assert_close, tolerance
 
@@ -477,3 +477,69 @@ def test_grouped_product_refuses_to_be_differentiated(name):
     given[name].requires_grad_()
     with pytest.raises(RuntimeError, match=r"\[marlin_moe_gemm\] has no backward"):
         grouped(given["x"], columns, blocks, 8, 64, topk_weights=given["topk_weights"])
+
+
+def good_gptq(tokens=5, top_k=2, experts=3, block_size=16):
+    ids = uneven_ids(tokens, top_k, experts)
+    qweight, qzeros, scales = random_gptq_experts(experts, 64, 40, 4, 4, "cpu")
+    sorted_token_ids, block_ids, total_post_pad = ferrum_ops.moe_align_block_size(ids, experts, block_size)
+    g_idx = torch.stack([(torch.arange(64).int() // 16)[torch.randperm(64)] for _ in range(experts)])
+    return ids, dict(
+        x=torch.randn(tokens, 64),
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=g_idx,
+        bias=torch.randn(experts, 40),
+        sorted_token_ids=sorted_token_ids,
+        block_ids=block_ids,
+        total_post_pad=total_post_pad,
+        topk_weights=torch.rand(tokens, top_k),
+        top_k=top_k,
+        block_size=block_size,
+    )
+
+
+@pytest.mark.parametrize("block_size", [8, 64])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_stack_equals_one_product_for_each_row(act_order, block_size):
+    ids, given = good_gptq(block_size=block_size)
+    given["g_idx"] = given["g_idx"] if act_order else None
+    out = ferrum_ops.gptq_moe_gemm(**given)
+    for p, e in enumerate(ids.flatten().tolist()):
+        row = torch.zeros(40)
+        if 0 <= e < 3:
+            tensors = (given[name][e] for name in ("qweight", "qzeros", "scales"))
+            order = given["g_idx"][e] if act_order else None
+            row = ferrum_ops.gptq_gemm(given["x"][p // 2], *tensors, order, given["bias"][e])
+            row = row * given["topk_weights"].flatten()[p]
+        assert_close("gptq_moe_gemm", out[p], row.double())
+
+
+REFUSED_GPTQ = [
+    ({"qweight": torch.zeros(8, 40, dtype=torch.int32)}, r"qweight: expected \(0, rows, columns\), got \(8, 40\)"),
+    ({"scales": torch.ones(2, 4, 40)}, r"scales: expected \(3, rows, columns\)"),
+    ({"g_idx": torch.zeros(64, dtype=torch.int32)}, r"g_idx: expected \(3, K\), got \(64,\)"),
+    ({"qzeros": torch.zeros(3, 4, 6, dtype=torch.int32)}, "qzeros: expected int32"),
+    ({"x": torch.randn(5, 63)}, r"x: expected floating \(M, 64\), got float32 \(5, 63\)"),
+    ({"bias": torch.randn(40)}, r"bias: expected floating \(3, 40\)"),
+    ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+    ({"block_size": 24}, "block_size: expected one of"),
+    ({"topk_weights": torch.ones(4)}, "topk_weights: expected contiguous float32 with 10 elements"),
+    ({"bits": 5}, "bits: expected one of"),
+]
+
+
+@pytest.mark.parametrize("change, message", REFUSED_GPTQ)
+def test_gptq_stack_refuses_by_name(change, message):
+    _, given = good_gptq()
+    with pytest.raises(ValueError, match=r"\[gptq_moe_gemm\] " + message):
+        ferrum_ops.gptq_moe_gemm(**{**given, **change})
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "topk_weights"])
+def test_gptq_stack_refuses_to_be_differentiated(name):
+    _, given = good_gptq()
+    given[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"\[gptq_moe_gemm\] has no backward"):
+        ferrum_ops.gptq_moe_gemm(**given)
