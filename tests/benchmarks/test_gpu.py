@@ -184,12 +184,12 @@ def test_the_whole_check_runs_its_steps_in_order(tmp_path, monkeypatch):
         ),
     )
     assert not gpu_check.check_all(gpu_check.Check(tmp_path, 480), "abc")
-    assert [name for name, *_ in ran] == ["build", "tests", "benchmarks", "model", "memcheck", "racecheck"]
+    assert [name for name, *_ in ran] == ["build", "tests", "benchmarks", "moe", "model", "memcheck", "racecheck"]
     assert ran[0][2] == {"FERRUM_CUDA": "1", "FERRUM_CUDA_ARCHS": "90a"}
     assert "pytest -q" in ran[1][1] and ran[1][1].endswith("tests/cuda")
-    assert f"benchmarks.gpu --out {tmp_path} --seconds 140 --commit abc" in ran[2][1]
-    assert ran[4][1].startswith("/cuda/bin/compute-sanitizer --tool memcheck --error-exitcode 7")
-    assert ran[4][1].endswith("-m tests.cuda.sanitize --seconds 45")
+    assert f"benchmarks.gpu --out {tmp_path} --seconds 120 --commit abc" in ran[2][1]
+    assert ran[5][1].startswith("/cuda/bin/compute-sanitizer --tool memcheck --error-exitcode 7")
+    assert ran[5][1].endswith("-m tests.cuda.sanitize --seconds 30")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
