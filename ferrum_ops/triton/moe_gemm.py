@@ -47,8 +47,8 @@ def _binary(config: GemmConfig, bits: int, dtype: torch.dtype) -> Binary:
     )
 
 
-def binaries() -> dict[Binary, dict[str, str]]:
-    """Everything the launcher here can ask for, with the types of the arguments for float16 scales."""
+def binaries(capability: int) -> dict[Binary, dict[str, str]]:
+    """All that the launcher here can ask for, on any capability, with the types of the arguments for float16 scales."""
     words = dict.fromkeys(("x_ptr", "qweight_ptr", "qzeros_ptr", "g_idx_ptr"), "*i32")
     blocks = dict.fromkeys(("sorted_ptr", "block_ids_ptr", "total_ptr"), "*i32")
     found: dict[Binary, dict[str, str]] = {}
