@@ -32,7 +32,7 @@ help:
 	@echo "make bench-ops   time them beside eager torch and inductor's code, into benchmarks/results/cpu_ops.txt"
 	@echo "make bench-cpu   time Ferrum next to the engines of benchmarks/peers that are installed"
 	@echo "make gpu-check   build, test and measure on an NVIDIA GPU, with the torch of GPU_PYTHON (python3)"
-	@echo "make gpu-model   the whole model on an NVIDIA GPU, with the library that gpu-check built"
+	@echo "make gpu-model   expert block beside its peers and the whole model on an NVIDIA GPU, with the library that gpu-check built"
 	@echo "make wheel       build dist/*.whl"
 	@echo "make clean       remove what the build made (make VENV=... keeps its environment elsewhere)"
 
@@ -83,6 +83,7 @@ gpu-check:
 
 # After gpu-check, which has built the library and measures this without the compiler.
 gpu-model:
+	$(GPU_PYTHON) -m benchmarks.gpu_experts --out $(GPU_OUT)
 	$(GPU_PYTHON) -m benchmarks.gpu_model --out $(GPU_OUT)
 
 wheel: export PATH := $(abspath $(BIN)):$(PATH)
