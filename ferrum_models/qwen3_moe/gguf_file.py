@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 import ferrum_ops
+from ferrum_models import huge_pages
 from ferrum_models.checkpoint import CheckpointError
 from ferrum_ops.formats import gguf as formats
+from ferrum_ops.formats import gguf_tiles
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -63,8 +65,14 @@ class GgufTensor:
         return flat.view(*self.shape[:-1], -1)
 
     def tiles(self) -> torch.Tensor:
-        """`ferrum_ops.gguf_pack` of the blocks, in ordinary memory; the file's pages leave the process again."""
-        packed = ferrum_ops.gguf_pack(self.blocks(), self.type)
+        """`ferrum_ops.gguf_pack` of the blocks, on huge pages; the file's pages leave the process again."""
+        *outer, rows, in_features = self.shape
+        shape = (*outer, rows // gguf_tiles.ROWS, gguf_tiles.tile_bytes(self.type, in_features))
+        packed = huge_pages.empty(shape, torch.uint8)
+        # By experts, or by runs of tiles: what gguf_pack returns stays in the cache until it is copied.
+        count = 1 if outer else 1024
+        for part, to in zip(self.blocks().split(count), packed.split(1 if outer else count // gguf_tiles.ROWS)):
+            to.copy_(ferrum_ops.gguf_pack(part, self.type))
         page = self.start // mmap.PAGESIZE * mmap.PAGESIZE
         self.file.mapping.madvise(mmap.MADV_DONTNEED, page, self.start + self.nbytes - page)
         return packed
