@@ -72,7 +72,7 @@ bench-ops: $(BUILD_STAMP)
 	$(BIN)/python -m benchmarks.cpu_ops --out benchmarks/results/cpu_ops.txt
 
 bench-cpu: $(BUILD_STAMP)
-	for section in experts linear model scaling summary; do $(BIN)/python -m benchmarks.cpu $$section --save || exit 1; done
+	for section in experts linear model gguf scaling summary; do $(BIN)/python -m benchmarks.cpu $$section --save || exit 1; done
 
 # Installs nothing: it wants a Python that has a torch with CUDA. Results go to GPU_OUT, and name GPU_COMMIT where the
 # sources lie outside a git checkout.

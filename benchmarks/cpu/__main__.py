@@ -3,6 +3,7 @@
     python -m benchmarks.cpu experts [--tokens 1 16 512] [--peers onnxruntime "llama.cpp Q4_K"] [--save]
     python -m benchmarks.cpu linear [--tokens ...] [--save]
     python -m benchmarks.cpu model [--workloads "decode 1" "prompt 512"] [--save]
+    python -m benchmarks.cpu gguf [--workloads ...] [--checkpoint FOLDER] [--save]
     python -m benchmarks.cpu scaling [--kinds threads experts top_k zipf] [--save]
     python -m benchmarks.cpu summary
 
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import experts, linear, model, scaling, summary
+from benchmarks.cpu import experts, gguf, linear, model, scaling, summary
 
 SECTIONS = {
     "experts": experts.main,
     "linear": linear.main,
     "model": model.main,
+    "gguf": gguf.main,
     "scaling": scaling.main,
     "summary": summary.main,
 }

@@ -185,10 +185,10 @@ def load_transformers(checkpoint: Path) -> TorchModel:
     return TorchModel(twin)
 
 
-def gguf_peer(kind: str) -> ModelPeer:
+def gguf_peer(kind: str, setting: str = "", **options: Any) -> ModelPeer:
     """Ferrum on the very file that llama.cpp runs."""
     file = f"{kind}.gguf"
-    return ModelPeer(f"ferrum {file}", lambda checkpoint: load_ferrum(checkpoint / file), file=file)
+    return ModelPeer(f"ferrum {file}{setting}", lambda checkpoint: load_ferrum(checkpoint / file, **options), file=file)
 
 
 def llama_cpp_peer(kind: str, repack: bool) -> ModelPeer:
@@ -208,6 +208,8 @@ MODELS = (
     ModelPeer("ferrum bfloat16 int4 head", functools.partial(load_ferrum, dtype=torch.bfloat16, lm_head="int4")),
     ModelPeer("ferrum compiled", functools.partial(load_compiled, dtype=torch.bfloat16)),
     *(gguf_peer(kind) for kind in ("Q4_K_M", "Q4_0", "Q8_0")),
+    *(gguf_peer(kind, " bfloat16", dtype=torch.bfloat16) for kind in ("Q4_K_M", "Q4_0", "Q8_0")),
+    *(gguf_peer(kind, " mapped", gguf_repack=False) for kind in ("Q4_K_M", "Q4_0", "Q8_0")),
     *(llama_cpp_peer(kind, repack) for kind in ("Q4_K_M", "Q4_0", "Q8_0") for repack in (True, False)),
     ModelPeer("transformers bf16", load_transformers),
 )
