@@ -213,7 +213,7 @@ def test_mutations_of_shipped_kernels_apply(name):
 REPRESENTATIVE = (
     "activation-bound",
     "gather-barrier",
-    "kv-last-row",
+    "kv-int8-units",
     "combine-skipped-pair",
     "route-taken",
     "rope-second-of-interleaved",
