@@ -113,7 +113,10 @@ class Build(BuildExtension):
 def extension() -> CppExtension:
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    link = [] if platform.system() == "Darwin" else ["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL"]
+    # A torch with CUDA has its CUDA symbols (the weak one of csrc/cuda/launch.h) behind libtorch.so, which nothing else
+    # asks for: many linkers leave such a library out unless told not to before its name.
+    needed = "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"
+    link = [] if platform.system() == "Darwin" else [needed, "-Wl,--exclude-libs,ALL"]
     return CppExtension(
         "ferrum_ops._C",
         sources,

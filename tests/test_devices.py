@@ -1,6 +1,8 @@
 """Tensors on two devices raise by name, and nothing is kept between calls. (The meta device stands for a second one.)"""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +84,9 @@ def test_calls_from_several_threads_do_not_meet():
             for name in names:
                 for g, e in zip(got[name], expected[name], strict=True):
                     assert torch.equal(g.nan_to_num(), e.nan_to_num()), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no CUDA")
+def test_the_library_asks_for_libtorch():
+    """Through it the loader finds libtorch_cuda.so, which has the current stream: without, no CUDA op would run."""
+    assert b"\0libtorch.so\0" in Path(ferrum_ops.__file__).with_name("_C.abi3.so").read_bytes()
