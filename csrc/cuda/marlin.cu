@@ -89,7 +89,8 @@ Tensor gather(const Stream& stream, const MarlinCall& call, MarlinProduct<T>& p)
     return Tensor();
   }
   p.rows.by_entry = call.perm.has_value() && p.rows.grouped();
-  const int64_t count = p.rows.by_entry ? p.rows.entries : call.arguments.x.rows;
+  // Rows of x without columns, all of whose packed rows are padding, are none in its layout.
+  const int64_t count = p.rows.by_entry ? p.rows.entries : p.rows.grouped() ? call.arguments.x.rows : p.rows.count;
   Tensor rows = new_output(call.x, {count, size});
   MarlinGather g{};
   g.x = static_cast<const uint16_t*>(call.x.const_data_ptr());

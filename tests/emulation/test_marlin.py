@@ -145,6 +145,13 @@ def test_padding_at_load(kernel, out_features):
         check(kernel, x, tensors, 32, 4, torch.randn(out_features), out_features)
 
 
+def test_an_x_without_columns(kernel):
+    """All packed rows are padding then, as the perm says."""
+    packed, scales, zeros, _ = random_marlin(48, 64, 16, 4, "cpu")
+    tensors = (packed, scales, zeros, torch.full((48,), -1, dtype=torch.int32))
+    check(kernel, torch.randn(3, 0).half(), tensors, 16, 4, torch.randn(64))
+
+
 def test_rows_that_are_not_aligned(kernel):
     tensors = random_marlin(48, 64, 16, 4, "cpu")
     wide = torch.randn(4, 55).half()
