@@ -23,8 +23,8 @@ struct GatherConfig {
 
 constexpr int kGatherThreads = 256;
 constexpr int kMostRows = 4;
-constexpr int64_t kRowsBytes = 32 * 1024;     // of several rows, for two thirds of the threads an SM can have
-constexpr int64_t kLongRowBytes = 96 * 1024;  // what a block may have of sm_89, the smallest
+constexpr int64_t kRowsBytes = 32 * 1024;  // of several rows, for two thirds of the threads an SM can have
+constexpr int64_t kLongRowBytes = kMostSharedBytes;
 
 // Rows are shared by a block where that leaves four blocks for each of 132 SMs; few rows are cut in columns.
 constexpr GatherConfig pick_gather_config(int64_t rows, int64_t row_bytes, int64_t stores) {

@@ -16,16 +16,16 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-// Absent from a torch without CUDA, in which the library must load all the same.
+// Absent from a torch without CUDA, in which the library must load all the same. Found through libtorch.so (setup.py).
 #pragma weak aoti_torch_get_current_cuda_stream
 #else
 #include "cuda_emulation.h"
 #endif
 
-// The block's dynamic shared memory as an array of `type`, aligned to 16 bytes.
+// The block's dynamic shared memory as an array of `type`, aligned as the largest vector (eight floats) is.
 #ifdef __CUDACC__
 #define FERRUM_DYNAMIC_SHARED(type, name)                              \
-  extern __shared__ __align__(16) unsigned char ferrum_shared_bytes[]; \
+  extern __shared__ __align__(32) unsigned char ferrum_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(ferrum_shared_bytes)
 #else
 #define FERRUM_DYNAMIC_SHARED(type, name) \
@@ -33,6 +33,9 @@
 #endif
 
 namespace ferrum::cuda {
+
+// Dynamic shared memory of a block, at most: sm_89, which has least, leaves 3 KB beside it for static.
+constexpr size_t kMostSharedBytes = 96 * 1024;
 
 struct Grid {
   dim3 blocks;
@@ -88,8 +91,9 @@ class Stream {
       return;
     }
     if (grid.shared_bytes > 48 * 1024) {
+      // The same limit for every launch: another thread may be about to make a larger one.
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes)));
+                                 static_cast<int>(kMostSharedBytes)));
     }
     kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream_>>>(static_cast<Parameters>(arguments)...);
     check(cudaGetLastError());
@@ -103,7 +107,12 @@ class Stream {
   }
 
  private:
-  void check(cudaError_t error) const { FERRUM_CHECK(error == cudaSuccess, op_, "CUDA", cudaGetErrorString(error)); }
+  void check(cudaError_t error) const {
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // forgets it: the next launch would be blamed for it
+      fail(op_, "CUDA", cudaGetErrorString(error));
+    }
+  }
 
   const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -196,8 +196,8 @@ void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduc
   p.stage_bytes = Stage::kScales + groups * group_bytes;
   p.zeros_place = Stage::kScales + (p.inverse_group_steps == 0.0f ? 0 : groups * Shape::kColumns * scale_bytes);
   constexpr int kMostBytes = Stage::kScales + Shape::kSteps * (Shape::kColumns * 4 + Stage::kZeroPieces * 16);
-  static_assert(Stage::kStages * kMostBytes <= 99 * 1024, "of a block on sm_89; others have more");
-  const int sum_bytes = Shape::kDepthWarps * Shape::kTokens * Shape::kSumStride * static_cast<int>(sizeof(float));
+  constexpr int kSumBytes = Shape::kDepthWarps * Shape::kTokens * Shape::kSumStride * static_cast<int>(sizeof(float));
+  static_assert(Stage::kStages * kMostBytes <= kMostSharedBytes && kSumBytes <= kMostSharedBytes);
   const int64_t tiles = config.token_tiles * config.column_tiles * config.splits;
   const int64_t blocks = max_blocks > 0 && max_blocks < tiles ? max_blocks : tiles;
   p.token_tiles = static_cast<int>(config.token_tiles);
@@ -206,7 +206,7 @@ void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduc
   p.tiles_of_block = static_cast<int>(divide_up(p.rows.block_size, Shape::kTokens));
   stream.launch(marlin_tiles<T, Bits, Shape>,
                 Grid{dim3(static_cast<unsigned>(blocks + p.zero_blocks)), dim3(Shape::kThreads),
-                     static_cast<size_t>(max(Stage::kStages * p.stage_bytes, sum_bytes))},
+                     static_cast<size_t>(max(Stage::kStages * p.stage_bytes, kSumBytes))},
                 p);
 }
 

@@ -14,7 +14,7 @@ namespace ferrum::cuda {
 constexpr int kSteps = 4;  // pairs of a thread
 constexpr int kMaxWarps = 32;
 constexpr int64_t kOneBlockPairs = kSteps * 32 * kMaxWarps;
-constexpr size_t kTableBytes = 96 * 1024;  // what a block may have of sm_89, the smallest
+constexpr size_t kTableBytes = kMostSharedBytes;
 
 struct Pairs {
   const int32_t* ids;
