@@ -21,10 +21,10 @@ def test_any_element(kernel, rows, columns, chosen, dtype):
     assert torch.equal(kernel("gather_columns", x, perm.int())[0], REF(x, perm))
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 2048), (134, 1030), (1056, 8), (2112, 7), (2, 50001)])
+@pytest.mark.parametrize("rows, columns", [(1, 2048), (133, 1030), (1053, 8), (2109, 7), (1, 50001)])
 def test_rows_together_columns_apart_and_rows_too_long_to_stage(kernel, rows, columns):
     """Blocks of 1, 2 and 4 rows, of which the last has fewer; a row cut in chunks, or read in steps; 100 KB rows."""
-    x = torch.arange(rows * columns).view(rows, columns).to(torch.int16)[: rows - (rows > 1)].clone()
+    x = torch.arange(rows * columns).view(rows, columns).to(torch.int16)
     perm = torch.randperm(columns)
     assert torch.equal(kernel("gather_columns", x, perm)[0], x[:, perm])
 

@@ -103,13 +103,15 @@ def test_weights_of_either_dtype(kernel, q_dtype, k_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("misaligned", ["x", "weight", "tables"])
+@pytest.mark.parametrize("misaligned", ["x", "heads", "weight", "tables"])
 def test_any_alignment(kernel, misaligned, dtype):
     def tensor(shape, dtype, moved):
         size = torch.Size(shape).numel()
         return torch.randn(size + 1).to(dtype)[int(moved) :][:size].view(shape)
 
     x, weight = tensor((3, 2, 64), dtype, misaligned == "x"), tensor((64,), dtype, misaligned == "weight")
+    if misaligned == "heads":
+        x = torch.randn(3, 4, 66).to(dtype)[:, :2, :64]
     cos, sin = tensor((9, 32), torch.float32, misaligned == "tables"), tensor((9, 32), torch.float32, False)
     args = (x, weight, cos, sin, torch.tensor([8, 0, 3]), 1e-6, False)
     check(kernel("qk_norm_rope", *args)[0], OPS.qk_norm_rope(*args), dtype)
