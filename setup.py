@@ -57,7 +57,7 @@ def cuda_home() -> Path | None:
 
 
 def static_runtime(home: Path) -> Path | None:
-    candidates = (home / folder / "libcudart_static.a" for folder in ("lib64", "lib"))
+    candidates = (home / folder / "libcudart_static.a" for folder in ("lib64", "lib", "targets/x86_64-linux/lib"))
     return next((path for path in candidates if path.exists()), None)
 
 

@@ -144,6 +144,8 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     check = Check(out, args.seconds)
+    if args.commit:
+        os.environ["GPU_COMMIT"] = args.commit  # for every step
     passed = check_all(check, args.commit)
     (out / "summary.md").write_text(check.summary())
     raise SystemExit(0 if passed else 1)

@@ -42,7 +42,7 @@ def measure(shape: MoeShape, names: list[str] | None, tokens: list[int]) -> tupl
             check_block(peer, made[0], *inputs(shape, 5, 0))
             blocks[peer.name] = made
         except Exception as error:
-            notes.append(f"{peer.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            notes.append(f"{peer.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     rows: list[dict[str, Any]] = []
     for count in tokens:
         given = [inputs(shape, count, seed) for seed in range(LAYERS)]

@@ -252,7 +252,7 @@ def main() -> None:
                 else:
                     result["rows"].append(measure(model, candidate, batch, args, result["copy_bandwidth"]))
             except Exception as error:
-                result["notes"].append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                result["notes"].append(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             # What is finished is on disk, should the machine be taken away.
             (args.out / "model.json").write_text(json.dumps(result, indent=1))
             (args.out / "model.md").write_text(markdown(result))

@@ -7,12 +7,15 @@ kept under a key that names all of these, and none is used once a buffer it read
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ferrum_ops._graphs import recording
 
 Step = Callable[[], torch.Tensor]
 
@@ -64,33 +67,25 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device | str, warm_ups: int = 2) -> None:
         self.device, self.warm_ups = torch.device(device), warm_ups
-        self._pool: Any = None
+        # Those still in use: torch takes no pool a second time whose graphs are all gone.
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def capture(self, step: Step) -> tuple[Callable[[], None], torch.Tensor]:
         with torch.cuda.device(self.device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                with NoHostReads():
-                    step()
-                for _ in range(self.warm_ups - 1):
-                    step()
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            failed: Exception | None = None
             try:
-                with torch.cuda.graph(graph, pool=self._pool):
-                    try:
-                        result = step()
-                    except Exception as error:
-                        failed = error
-                        raise
-            except Exception as error:
-                self._pool = None  # what a broken capture left of it is not built upon
-                torch.cuda.synchronize()
-                # Ending a broken capture raises another error, which says less than the first.
-                raise (error if failed is None else failed) from None
-            self._pool = graph.pool()
+                with torch.cuda.stream(side):
+                    with NoHostReads():
+                        step()
+                    for _ in range(self.warm_ups - 1):
+                        step()
+            finally:  # a step that raises has launched what changes the caller's buffers
+                current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with recording(graph, next((other.pool() for other in self._graphs), None)):
+                result = step()
+            self._graphs.add(graph)
         return graph.replay, result
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ferrum_ops._graphs import recording
 from ferrum_ops.testing.timing import Timing, timing_of
 
 DEVICE = "cuda"
@@ -47,7 +48,7 @@ def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         for call in calls:
             call()
     return graph

@@ -6,7 +6,7 @@ import torch
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
 from ferrum_ops.testing.timing import torch_op
-from tests.emulation.test_every_kernel import has_kernel
+from tests.emulation.test_every_kernel import bits, has_kernel
 from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
 
 WITH_KERNEL = {name for name, devices in ferrum_ops.backends().items() if devices["cuda"] == "kernel"}
@@ -38,7 +38,7 @@ def test_kernel_equals_reference(cuda, op, dtype, args):
     expected = outputs(op, op.ref, copy_args(args, to_float64))
     assert len(got) == len(expected)
     for g, r, e in zip(got, repeated, expected):
-        assert g.is_cuda and torch.equal(g.view(torch.uint8), r.view(torch.uint8))
+        assert g.is_cuda and torch.equal(bits(g), bits(r))
         assert_close(op.name, g.cpu(), e, tolerance(op.name, dtype))
 
 

@@ -113,7 +113,7 @@ def test_a_step_that_waits_for_the_device_runs_without(model, cuda, monkeypatch)
 
 def test_an_operation_that_no_capture_permits(cuda):
     """What the warm-up's look at operators does not see: the capture fails, and the device is as before."""
-    x, graphs = torch.zeros(4, device=cuda), CudaGraphs(cuda)
+    x, graphs, stream = torch.zeros(4, device=cuda), CudaGraphs(cuda), torch.cuda.current_stream()
 
     def waits():
         x.add_(1)
@@ -122,11 +122,31 @@ def test_an_operation_that_no_capture_permits(cuda):
 
     with pytest.raises(Exception, match=r"captur|not permitted"):
         graphs.capture(waits)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(4, device=cuda).max() < 1  # the generator, as sampling uses it
+    large = torch.empty(1 << 26, dtype=torch.uint8, device=cuda)
+    reserved = torch.cuda.memory_reserved()
+    del large
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved
     x.zero_()
     replay, result = graphs.capture(lambda: x + 1)
     x.fill_(2)
     replay()
     assert result.tolist() == [3] * 4
+
+
+def test_a_recording_after_all_were_dropped(cuda):
+    """What is left of the memory they shared is in use: a result, and cuBLAS's workspace."""
+    x, graphs, results = torch.ones(64, 64, device=cuda), CudaGraphs(cuda), []
+    for value in (1, 2):
+        replay, result = graphs.capture(lambda: x @ x)
+        results.append(result)
+        x.fill_(value)
+        replay()
+        assert (result == 64 * value**2).all()
+        del replay
+    assert (results[0] == 64).all()
 
 
 def test_reduce_overhead(model, cuda):
