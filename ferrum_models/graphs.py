@@ -51,9 +51,10 @@ def _reads_on_host(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
 class Graphs(Protocol):
     """Records what a step launches."""
 
-    def capture(self, step: Step) -> tuple[Callable[[], None], torch.Tensor]:
+    def capture(self, step: Step, rewind: Callable[[], None] = ...) -> tuple[Callable[[], None], torch.Tensor]:
         """Runs the step a few times and records it. Returns what replays it, and its result, which replays overwrite.
 
+        `rewind` undoes what a run has changed, before the next: there may be no room for another step behind this one.
         Whatever the step reads must lie in tensors that live as long as the recording.
         """
 
@@ -70,7 +71,7 @@ class CudaGraphs:
         # Those still in use: torch takes no pool a second time whose graphs are all gone.
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def capture(self, step: Step) -> tuple[Callable[[], None], torch.Tensor]:
+    def capture(self, step: Step, rewind: Callable[[], None] = lambda: None) -> tuple[Callable[[], None], torch.Tensor]:
         with torch.cuda.device(self.device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
@@ -79,6 +80,7 @@ class CudaGraphs:
                     with NoHostReads():
                         step()
                     for _ in range(self.warm_ups - 1):
+                        rewind()
                         step()
             finally:  # a step that raises has launched what changes the caller's buffers
                 current.wait_stream(side)
@@ -147,18 +149,22 @@ class StepRunner:
     def _capture(self, key: Hashable, step: Step, state: Sequence[torch.Tensor]) -> _Recording | None:
         assert self.graphs is not None
         before = [tensor.clone() for tensor in state]
+
+        def rewind() -> None:
+            for tensor, old in zip(state, before):
+                tensor.copy_(old)
+
         try:
-            recording = _Recording(*self.graphs.capture(step))
+            captured = _Recording(*self.graphs.capture(step, rewind))
         except Exception as error:
             self.failures[key] = reason = f"{type(error).__name__}: {_first_line(error)}"
             warnings.warn(f"[{self.name}] runs without a graph, capture failed: {reason}", stacklevel=4)
             return None
         finally:
-            for tensor, old in zip(state, before):
-                tensor.copy_(old)
+            rewind()
         self.captures += 1
-        self._recordings[key] = recording
-        return recording
+        self._recordings[key] = captured
+        return captured
 
 
 def _first_line(error: Exception) -> str:

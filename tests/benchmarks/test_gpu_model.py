@@ -82,8 +82,8 @@ def test_what_fails_or_is_not_reached_is_told(monkeypatch, tmp_path, built):
 
 def test_a_replay_that_differs_is_not_timed(monkeypatch, tmp_path, built):
     class Wrong(RecordedGraphs):
-        def capture(self, step):
-            replay, result = super().capture(step)
+        def capture(self, step, rewind):
+            replay, result = super().capture(step, rewind)
             return lambda: (replay(), result.add_(1)), result
 
     monkeypatch.setattr(decode, "graphs_for", lambda device: Wrong())

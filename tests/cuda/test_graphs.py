@@ -49,6 +49,14 @@ def test_replays_equal_eager_steps(model, cuda, batch, paged):
     assert recorded.runner.captures == len(recorded.runner.keys) == 2
 
 
+@LAYOUTS
+def test_a_recording_of_the_last_step_there_is_room_for(model, cuda, paged):
+    recorded, eager = pair(model, 2, paged=paged)
+    for graph in (recorded, eager):
+        graph.start(on(cuda, 2, recorded.capacity - 1))
+    assert torch.equal(recorded.run(1), eager.run(1)) and recorded.fallback is None
+
+
 def test_pages_may_be_handed_out_anew(model, cuda):
     recorded, eager = pair(model, 2, paged=True)
     for graph in (recorded, eager):

@@ -43,9 +43,10 @@ class RecordedGraphs:
     def __init__(self) -> None:
         self.recorders: list[Recorder] = []
 
-    def capture(self, step):
+    def capture(self, step, rewind=lambda: None):
         with NoHostReads():
             step()
+        rewind()
         recorder = Recorder()
         with recorder:
             result = step()

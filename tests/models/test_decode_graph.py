@@ -270,7 +270,7 @@ def test_a_failure_in_the_middle_of_a_capture_leaves_no_trace():
     count = torch.zeros(1)
 
     class Breaks:
-        def capture(self, step):
+        def capture(self, step, rewind):
             step()
             raise RuntimeError("\nout of graphs\nand more")
 
@@ -278,6 +278,16 @@ def test_a_failure_in_the_middle_of_a_capture_leaves_no_trace():
     with pytest.warns(UserWarning, match="RuntimeError: out of graphs$"):
         runner.run("key", lambda: count.add_(1), [count])
     assert count.item() == 1 and runner.failures == {"key": "RuntimeError: out of graphs"}
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_a_recording_of_the_last_step_there_is_room_for(model, paged):
+    """Its warm-ups must not go on behind the end, where a device would stop with an assertion."""
+    graph, other = recorded(model, paged=paged), eager(model, paged=paged)
+    for each in (graph, other):
+        each.start(prompts(2, graph.capacity - 1))
+    assert torch.equal(graph.run(1), other.run(1)) and torch.equal(graph.history, other.history)
+    assert graph.fallback is None and graph.runner.replays == 1
 
 
 def test_bad_arguments(model):
