@@ -301,8 +301,9 @@ def gptq_moe_gemm_kernel(
     expert = tl.load(block_ids_ptr + block)
     known = (expert >= 0) & (expert < experts)
     expert = tl.where(known, expert, 0).to(tl.int64)
-    in_rows, in_columns = known & (row >= 0) & (row < rows), n < out_features
-    x_rows = x_ptr + tl.where(in_rows, row // top_k, 0).to(tl.int64)[:, None] * x_stride
+    row = tl.where(known & (row < rows), row, -1)
+    in_rows, in_columns = row >= 0, n < out_features
+    x_rows = x_ptr + (tl.maximum(row, 0) // top_k).to(tl.int64)[:, None] * x_stride
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.program_id(2) * split_tiles
     last = tl.minimum(first + split_tiles, tl.cdiv(periods, PERIODS))

@@ -25,6 +25,9 @@ from ferrum_ops.triton import KERNELS
 #: specifications). Triton compiles kernels that want more; their launch fails.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 REGISTER_LIMIT = 255
+#: Below the limit of registers ptxas may spill one or two of them by its own choice, so that another block fits: not a
+#: kernel that is too large. What it has used are 80, 128 or 168 registers, an even part of a multiprocessor's.
+CHOSEN_SPILLS = 32
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Resources:
         found = []
         if not 0 < self.registers <= REGISTER_LIMIT:
             found.append(f"registers: expected 1 to {REGISTER_LIMIT}, got {self.registers}")
-        if self.stack or self.local:
+        chosen = self.registers < REGISTER_LIMIT and self.stack <= CHOSEN_SPILLS
+        if self.local or (self.stack and not chosen):
             found.append(f"spills: expected none, got {self.stack} bytes of stack and {self.local} of local memory")
         if self.shared > SHARED_LIMIT[capability]:
             found.append(f"shared memory: expected at most {SHARED_LIMIT[capability]} bytes, got {self.shared}")
