@@ -3,10 +3,11 @@
 `python benchmarks/ops/bench_attention.py [--dtype float32] [--only decode] [--compile]`
 
 The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. Prefills are
-bounded by arithmetic instead. Plain torch is scaled_dot_product_attention, over the contiguous cache also where the op
-reads pages: it leaves part of that cache, and none of the pages, in the last-level cache. --compile times, up to 512
-query tokens, inductor's code for the formula written out, with the pages gathered first: the reference looks at lengths
-on the host, and scaled_dot_product_attention would be ATen's code again.
+bounded by arithmetic instead. "huge": pools on huge pages, where the system has them; scattered blocks on ordinary ones
+cost a walk of the page tables every 4 KiB. Plain torch is scaled_dot_product_attention, over the contiguous cache also
+where the op reads pages: it leaves part of that cache, and none of the pages, in the last-level cache. --compile times,
+up to 512 query tokens, inductor's code for the formula written out, with the pages gathered first: the reference looks
+at lengths on the host, and scaled_dot_product_attention would be ATen's code again.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from ferrum_models import huge_pages
 from ferrum_ops.ops.attention import block_tables_for
 from ferrum_ops.ops.kv_cache import quantize_heads
 from ferrum_ops.testing.timing import Case, bytes_of, run_cases
@@ -99,6 +101,9 @@ def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> It
         common = (tables, starts, lens, SCALE)
         formula = partial(plain_paged_attention, q, *pools, tables, mask)
         yield Case("paged_attention", label, (q.flatten(0, 1), *pools, *common), moved, sdpa, formula)
+        if tokens == 1 and keys >= 4096 and q.device.type == "cpu":
+            huge = [huge_pages.empty(tuple(pool.shape), dtype).copy_(pool) for pool in pools]
+            yield Case("paged_attention", f"{label} huge", (q.flatten(0, 1), *huge, *common), moved, sdpa, formula)
         if tokens == 1:
             (k_codes, k_scale), (v_codes, v_scale) = map(quantize_heads, pools)
             arguments = (q.flatten(0, 1), k_codes, v_codes, *common, True, 0, k_scale, v_scale)

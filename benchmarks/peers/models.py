@@ -134,7 +134,7 @@ class LlamaCppModel:
         return torch.from_numpy(self.decode(ids.numpy(), 0)[0].copy())
 
     def __del__(self) -> None:
-        if self.context:
+        if getattr(self, "context", None):  # a file may have failed to load
             self.lib.llama_free(self.context)
         if getattr(self, "model", None):
             self.lib.llama_model_free(self.model)
