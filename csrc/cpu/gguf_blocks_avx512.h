@@ -31,6 +31,56 @@ struct SmallRegisters {
   __m256 d, m;
 };
 
+template <Type T>
+struct TypeConstant {
+  static constexpr Type value = T;
+};
+// Calls body with the TypeConstant of `type`.
+template <typename Body>
+inline void for_type(Type type, const Body& body) {
+  switch (type) {
+    case Type::Q4_0:
+      return body(TypeConstant<Type::Q4_0>{});
+    case Type::Q4_1:
+      return body(TypeConstant<Type::Q4_1>{});
+    case Type::Q5_0:
+      return body(TypeConstant<Type::Q5_0>{});
+    case Type::Q5_1:
+      return body(TypeConstant<Type::Q5_1>{});
+    case Type::Q8_0:
+      return body(TypeConstant<Type::Q8_0>{});
+    case Type::IQ4_NL:
+      return body(TypeConstant<Type::IQ4_NL>{});
+    case Type::MXFP4:
+      return body(TypeConstant<Type::MXFP4>{});
+    case Type::Q2_K:
+      return body(TypeConstant<Type::Q2_K>{});
+    case Type::Q3_K:
+      return body(TypeConstant<Type::Q3_K>{});
+    case Type::Q4_K:
+      return body(TypeConstant<Type::Q4_K>{});
+    case Type::Q5_K:
+      return body(TypeConstant<Type::Q5_K>{});
+    case Type::Q6_K:
+      return body(TypeConstant<Type::Q6_K>{});
+    case Type::IQ4_XS:
+      return body(TypeConstant<Type::IQ4_XS>{});
+    default:
+      return;  // F32, F16 and BF16 have no codes
+  }
+}
+
+template <int R, int N>
+inline __attribute__((always_inline)) void clear(__m512i (*values)[N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int t = 0; t < N; ++t) {
+      values[r][t] = _mm512_setzero_si512();
+    }
+  }
+}
+
 inline __m256i load32(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline __m512i broadcast_word(const void* from) {

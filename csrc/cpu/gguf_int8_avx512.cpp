@@ -63,36 +63,7 @@ void gguf_int8_columns(const GgufProduct& product) {
   if (product.weights.tiled) {
     return gguf_int8_tiles(product);
   }
-  switch (product.weights.traits->type) {
-    case Type::Q4_0:
-      return int8_columns<Type::Q4_0>(product);
-    case Type::Q4_1:
-      return int8_columns<Type::Q4_1>(product);
-    case Type::Q5_0:
-      return int8_columns<Type::Q5_0>(product);
-    case Type::Q5_1:
-      return int8_columns<Type::Q5_1>(product);
-    case Type::Q8_0:
-      return int8_columns<Type::Q8_0>(product);
-    case Type::IQ4_NL:
-      return int8_columns<Type::IQ4_NL>(product);
-    case Type::MXFP4:
-      return int8_columns<Type::MXFP4>(product);
-    case Type::Q2_K:
-      return int8_columns<Type::Q2_K>(product);
-    case Type::Q3_K:
-      return int8_columns<Type::Q3_K>(product);
-    case Type::Q4_K:
-      return int8_columns<Type::Q4_K>(product);
-    case Type::Q5_K:
-      return int8_columns<Type::Q5_K>(product);
-    case Type::Q6_K:
-      return int8_columns<Type::Q6_K>(product);
-    case Type::IQ4_XS:
-      return int8_columns<Type::IQ4_XS>(product);
-    default:
-      return;  // F32, F16 and BF16 have no codes
-  }
+  for_type(product.weights.traits->type, [&](auto type) { int8_columns<decltype(type)::value>(product); });
 }
 
 }  // namespace ferrum::cpu::FERRUM_LEVEL

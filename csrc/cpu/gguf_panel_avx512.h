@@ -92,17 +92,6 @@ inline __attribute__((always_inline)) void add_products(const __m512i (*codes)[N
   }
 }
 
-template <int R, int N>
-inline __attribute__((always_inline)) void clear(__m512i (*values)[N]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int t = 0; t < N; ++t) {
-      values[r][t] = _mm512_setzero_si512();
-    }
-  }
-}
-
 // Where R rows of a block begin.
 template <int R>
 struct BlockRows {

@@ -82,17 +82,6 @@ inline void prefetch_run(const uint8_t* run) {
   }
 }
 
-template <int R, int N>
-inline __attribute__((always_inline)) void clear(__m512i (*values)[N]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      values[r][n] = _mm512_setzero_si512();
-    }
-  }
-}
-
 // Adds vector P of a run of N tiles to the dot products with R rows.
 template <Type T, int R, int N, int P>
 inline __attribute__((always_inline)) void add_vector(const uint8_t* run, int64_t tile_bytes, const int8_t* const* x,
@@ -360,36 +349,7 @@ void multiply_tiles(const GgufProduct& p) {
 }  // namespace
 
 void gguf_int8_tiles(const GgufProduct& product) {
-  switch (product.weights.traits->type) {
-    case Type::Q4_0:
-      return multiply_tiles<Type::Q4_0>(product);
-    case Type::Q4_1:
-      return multiply_tiles<Type::Q4_1>(product);
-    case Type::Q5_0:
-      return multiply_tiles<Type::Q5_0>(product);
-    case Type::Q5_1:
-      return multiply_tiles<Type::Q5_1>(product);
-    case Type::Q8_0:
-      return multiply_tiles<Type::Q8_0>(product);
-    case Type::IQ4_NL:
-      return multiply_tiles<Type::IQ4_NL>(product);
-    case Type::MXFP4:
-      return multiply_tiles<Type::MXFP4>(product);
-    case Type::Q2_K:
-      return multiply_tiles<Type::Q2_K>(product);
-    case Type::Q3_K:
-      return multiply_tiles<Type::Q3_K>(product);
-    case Type::Q4_K:
-      return multiply_tiles<Type::Q4_K>(product);
-    case Type::Q5_K:
-      return multiply_tiles<Type::Q5_K>(product);
-    case Type::Q6_K:
-      return multiply_tiles<Type::Q6_K>(product);
-    case Type::IQ4_XS:
-      return multiply_tiles<Type::IQ4_XS>(product);
-    default:
-      return;  // F32, F16 and BF16 have no codes
-  }
+  for_type(product.weights.traits->type, [&](auto type) { multiply_tiles<decltype(type)::value>(product); });
 }
 
 }  // namespace ferrum::cpu::FERRUM_LEVEL
