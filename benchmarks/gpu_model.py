@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Bench:
     def generate(self) -> float:
         def seconds(tokens: int) -> float:
             options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            work = lambda: self.model.generate(self.ids, max_new_tokens=tokens, **options)  # noqa: E731
+            work = partial(self.model.generate, self.ids, max_new_tokens=tokens, **options)
             return median_seconds(work, self.device, 3)
 
         seconds(2)
@@ -178,7 +179,7 @@ class Bench:
 
 def prefill_seconds(model: Qwen3MoeForCausalLM, tokens: int, samples: int) -> float:
     ids = torch.randint(1, model.config.vocab_size, (1, tokens), device=model.device)
-    work = lambda: model(ids, use_cache=True, logits_to_keep=1)  # noqa: E731
+    work = partial(model, ids, use_cache=True, logits_to_keep=1)
     work()
     return median_seconds(work, model.device, samples)
 

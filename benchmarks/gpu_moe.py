@@ -11,7 +11,6 @@ in bfloat16. A block that differs from float64 is not timed. Writes FOLDER/moe.j
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 import ferrum_ops
 from benchmarks.gpu import commit
+from benchmarks.peers.interface import MoeShape
 from ferrum_models.moe import DenseExpertWeights, MarlinExpertWeights, run_experts
 from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.formats.marlin import TILE_ROWS
@@ -28,26 +28,18 @@ from ferrum_ops.testing.compare import assert_close, tolerance
 TOKENS = (1, 8, 32, 128, 512)
 #: Microseconds of the whole block at which it is as fast as it should be on an H200.
 GOALS = {1: 14, 8: 45, 32: 85, 128: 100, 512: 150}
-LAYERS, GROUP = 4, 128
+LAYERS = 4
 #: Rows above which launches for single buckets are too many to be of interest.
 MOST_BUCKETED = 32
 
 
-@dataclass(frozen=True)
-class Block:
-    hidden: int = 2048
-    width: int = 768
-    experts: int = 128
-    top_k: int = 8
-
-
-def random_layer(block: Block, device: str) -> MarlinExpertWeights:
+def random_layer(block: MoeShape, device: str) -> MarlinExpertWeights:
     """Every bit pattern is a weight, so that nothing has to be packed."""
 
     def matrix(in_features: int, out_features: int, *lead: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (*lead, block.experts, in_features // TILE_ROWS, out_features * 2)
         words = torch.randint(-(2**31), 2**31, shape, device=device, dtype=torch.int32)
-        groups = -(-in_features // GROUP)
+        groups = -(-in_features // block.group_size)
         scales = torch.rand(*lead, block.experts, groups, out_features, device=device) + 0.5
         return words, (scales / (4 * in_features**0.5)).half()
 
@@ -57,8 +49,8 @@ def random_layer(block: Block, device: str) -> MarlinExpertWeights:
         "hidden_size": block.hidden,
         "intermediate_size": block.width,
         "top_k": block.top_k,
-        "w13_group_size": GROUP if block.hidden > GROUP else -1,
-        "w2_group_size": GROUP if block.width > GROUP else -1,
+        "w13_group_size": block.group_size if block.hidden > block.group_size else -1,
+        "w2_group_size": block.group_size if block.width > block.group_size else -1,
     }
     constants = MarlinExpertWeights.make_constants(settings, torch.device(device))
     w13, w13_scales = matrix(block.hidden, 2 * block.width, 1)
@@ -69,7 +61,7 @@ def random_layer(block: Block, device: str) -> MarlinExpertWeights:
     )  # fmt: skip
 
 
-def random_inputs(block: Block, tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_inputs(block: MoeShape, tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden = torch.randn(tokens, block.hidden, device=device).bfloat16()
     logits = torch.randn(tokens, block.experts, device=device)
     return hidden, *ferrum_ops.route_topk_softmax(logits, block.top_k)
@@ -95,15 +87,17 @@ def check(
     assert_close("marlin_moe_gemm", got, expected, 3 * tolerance("marlin_moe_gemm", torch.bfloat16))
 
 
-def bytes_of(block: Block, tokens: int, active: int) -> int:
+def bytes_of(block: MoeShape, tokens: int, active: int) -> int:
     """Read and written at least once: the weights and scales of the active experts, hidden and the result."""
     weights = 3 * block.hidden * block.width
-    scales = 2 * (2 * block.width * -(-block.hidden // GROUP) + block.hidden * -(-block.width // GROUP))
+    scales = 2 * (
+        2 * block.width * -(-block.hidden // block.group_size) + block.hidden * -(-block.width // block.group_size)
+    )
     return active * (weights // 2 + scales) + 2 * 2 * tokens * block.hidden
 
 
 def measure(
-    block: Block, layers: list[MarlinExpertWeights], dense: list[DenseExpertWeights], tokens: int, bandwidth: float
+    block: MoeShape, layers: list[MarlinExpertWeights], dense: list[DenseExpertWeights], tokens: int, bandwidth: float
 ) -> dict[str, Any]:
     sets = [random_inputs(block, tokens, "cuda") for _ in layers]
     names = ["fused"] + (["bucketed"] if tokens <= MOST_BUCKETED else [])
@@ -122,7 +116,7 @@ def measure(
     return row_of(block, tokens, active, {name: t.median for name, t in timings.items()}, bandwidth)
 
 
-def row_of(block: Block, tokens: int, active: float, seconds: dict[str, float], bandwidth: float) -> dict[str, Any]:
+def row_of(block: MoeShape, tokens: int, active: float, seconds: dict[str, float], bandwidth: float) -> dict[str, Any]:
     num_bytes, own = bytes_of(block, tokens, round(active)), seconds["fused"]
     return {
         "tokens": tokens,
@@ -166,7 +160,7 @@ def main() -> None:
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    block = Block()
+    block = MoeShape()
     head = gpu.describe() | {"commit": commit(), "copy_bandwidth": gpu.copy_bandwidth()}
     layers = [random_layer(block, "cuda") for _ in range(LAYERS)]
     dense = [DenseExpertWeights(*layer.dense(torch.bfloat16)) for layer in layers]

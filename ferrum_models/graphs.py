@@ -136,15 +136,15 @@ class StepRunner:
 
         A capture runs the step too, several times; `state` is what the step changes and must not have changed by then.
         """
-        recording = self._recordings.get(key)
-        if recording is None and self.graphs is not None and key not in self.failures:
-            recording = self._capture(key, step, state)
-        if recording is None:
+        found = self._recordings.get(key)
+        if found is None and self.graphs is not None and key not in self.failures:
+            found = self._capture(key, step, state)
+        if found is None:
             self.eager_steps += 1
             return step()
         self.replays += 1
-        recording.replay()
-        return recording.result
+        found.replay()
+        return found.result
 
     def _capture(self, key: Hashable, step: Step, state: Sequence[torch.Tensor]) -> _Recording | None:
         assert self.graphs is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,12 +182,11 @@ class DecodeGraph:
         self.eos_ids.copy_(torch.tensor(eos + [-1] * (MOST_EOS_IDS - len(eos))))
         self.pad_id.fill_(pad_token_id)
         self.finished.zero_()
-        padded = any(starts)
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0) if padded else None  # type: ignore[union-attr]
+        mask = attention_mask if any(starts) else None
         out = self.model(
             input_ids,
-            attention_mask=attention_mask if padded else None,
-            position_ids=positions,
+            attention_mask=mask,
+            position_ids=None if mask is None else (mask.long().cumsum(-1) - 1).clamp_min(0),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -261,7 +261,7 @@ class DecodeGraph:
             bucket = self._next_bucket()
             if bucket != key.kv_bucket:
                 key = replace(key, kv_bucket=bucket)
-            logits = self.runner.run(key, lambda bucket=bucket: self.forward_step(bucket), changed)  # type: ignore[misc]
+            logits = self.runner.run(key, partial(self.forward_step, bucket), changed)
             self._longest += 1
         return logits
 

@@ -5,10 +5,11 @@ import torch
 from expecttest import assert_expected_inline
 
 from benchmarks import gpu_moe
-from benchmarks.gpu_moe import Block, bytes_of, check, markdown, random_inputs, random_layer, row_of
+from benchmarks.gpu_moe import bytes_of, check, markdown, random_inputs, random_layer, row_of
+from benchmarks.peers.interface import MoeShape
 from ferrum_models.moe import run_experts
 
-SMALL = Block(hidden=256, width=64, experts=6, top_k=2)
+SMALL = MoeShape(hidden=256, width=64, experts=6, top_k=2)
 
 
 @pytest.mark.parametrize("name", ["fused", "bucketed"])
@@ -24,13 +25,13 @@ def test_a_right_block_passes_the_check_and_a_wrong_one_does_not(name, tokens, m
 
 def test_bytes_are_those_of_the_active_experts():
     # 19.5 MB for one token's eight experts: 2 359 296 bytes of codes and 73 728 of scales each.
-    assert bytes_of(Block(), 1, 8) == 8 * (2359296 + 73728) + 4 * 2048
+    assert bytes_of(MoeShape(), 1, 8) == 8 * (2359296 + 73728) + 4 * 2048
 
 
 def test_table():
     rows = [
-        row_of(Block(), 1, 8.0, {"fused": 13e-6, "bucketed": 39e-6, "grouped_mm": 26e-6}, 4.3e12),
-        row_of(Block(), 512, 128.0, {"fused": 200e-6}, 4.3e12),
+        row_of(MoeShape(), 1, 8.0, {"fused": 13e-6, "bucketed": 39e-6, "grouped_mm": 26e-6}, 4.3e12),
+        row_of(MoeShape(), 512, 128.0, {"fused": 200e-6}, 4.3e12),
     ]
     head = {"device": "GPU", "torch": "2", "cuda": "13", "commit": "abc", "copy_bandwidth": 4.3e12}
     assert_expected_inline(

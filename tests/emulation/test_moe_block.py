@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import ferrum_ops
-from benchmarks.gpu_moe import Block, check, random_inputs, random_layer
+from benchmarks.gpu_moe import check, random_inputs, random_layer
+from benchmarks.peers.interface import MoeShape
 from ferrum_models.moe import CudaLanes, pick_fused_config
 from ferrum_models.moe.bucketed import bucketed
 from tests.moe.test_streams import RecordingCuda
 
-BLOCK = Block(hidden=128, width=64, experts=6, top_k=2)
+BLOCK = MoeShape(hidden=128, width=64, experts=6, top_k=2)
 OPS = ("marlin_gemm", "marlin_moe_gemm", "moe_combine", "weighted_sum")
 
 
