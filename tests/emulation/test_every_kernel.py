@@ -4,6 +4,7 @@ bit-identical from one order to the next."""
 import pytest
 import torch
 
+import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
 from tests.emulation.emulator import SCHEDULES, emulated_op_names
 from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
@@ -44,3 +45,9 @@ def test_kernel_equals_reference(op, dtype, args, emulated):
 def test_kernels_are_registered(emulated):
     for name in NAMES:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ferrum_emulated::{name}", "CPU"), name
+
+
+@pytest.mark.parametrize("family, count", [("activation", 4), ("kv_cache", 3), ("rope", 3)])
+def test_every_op_of_the_family_has_a_kernel(family, count, emulated):
+    names = [op.name for op in ferrum_ops.OPS.values() if op.family == family]
+    assert len(names) == count and all(emulated.op(name) for name in names)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import ferrum_ops
 from tests.ops.test_kv_cache import BAD, DTYPES, int8_pools, ints, written
 
 OUTSIDE = (-2, 12, 13, 2**31 + 1, 2**40, -(2**40))
@@ -164,8 +163,3 @@ def test_bad_input_is_named(emulated, case):
     op, args, message = BAD[case]
     with pytest.raises(RuntimeError, match=rf"\[{op}\] {message}"):
         emulated.op(op)(*args)
-
-
-def test_every_op_of_the_family_has_a_kernel(emulated):
-    names = [op.name for op in ferrum_ops.OPS.values() if op.family == "kv_cache"]
-    assert len(names) == 3 and all(emulated.op(name) for name in names)

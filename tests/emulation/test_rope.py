@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import ferrum_ops
 from ferrum_ops.ops import rope
 from ferrum_ops.testing.compare import assert_close, tolerance
 from tests.ops.test_rope import BAD, COS, DTYPES, SIN
@@ -147,8 +146,3 @@ def test_bad_input_is_named(emulated, case):
     op, args, message = BAD[case]
     with pytest.raises(RuntimeError, match=rf"\[{op}\] {message}"):
         emulated.op(op)(*args)
-
-
-def test_every_op_of_the_family_has_a_kernel(emulated):
-    names = [op.name for op in ferrum_ops.OPS.values() if op.family == "rope"]
-    assert len(names) == 3 and all(emulated.op(name) for name in names)
