@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
       "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, Tensor(a!) workspace, "
       "int top_k, int block_size, int out_features, int group_size, int bits, str epilogue, str reduction, "
-      "int max_sms) -> Tensor");
+      "int max_sms, int slots) -> Tensor");
   m.def("marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor");
   m.def("marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor");
   m.def("marlin_repack_zeros(Tensor qzeros, int out_features, int bits, int zero_offset) -> Tensor");

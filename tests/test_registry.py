@@ -259,7 +259,7 @@ int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_featur
 kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()
 layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor
 marlin_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor(a!) workspace, int out_features, int group_size, int bits, str reduction, int max_sms) -> Tensor
-marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, Tensor(a!) workspace, int top_k, int block_size, int out_features, int group_size, int bits, str epilogue, str reduction, int max_sms) -> Tensor
+marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, Tensor(a!) workspace, int top_k, int block_size, int out_features, int group_size, int bits, str epilogue, str reduction, int max_sms, int slots) -> Tensor
 marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor
 marlin_repack(Tensor qweight, Tensor? perm, int in_features, int out_features, int bits) -> Tensor
 marlin_repack_zeros(Tensor qzeros, int out_features, int bits, int zero_offset) -> Tensor

@@ -62,7 +62,7 @@ def marlin_cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     for tokens in (1, 64):
         hidden, (ids, _) = torch.randn(tokens, HIDDEN).to(dtype), routing(tokens, 8)
         blocks = ferrum_ops.moe_align_block_size(ids, 8, 16)
-        shape = (ids.shape[1], 16, WIDTH, GROUP_SIZE, 4, "silu_mul", "fp32", 0)
+        shape = (ids.shape[1], 16, WIDTH, GROUP_SIZE, 4, "silu_mul", "fp32", 0, 1)
         arguments = (hidden, *stack, None, *blocks, None, marlin_workspace("cpu"), *shape)
         moved = bytes_of(hidden, *(t for t in stack if t is not None)) + ids.numel() * WIDTH * dtype.itemsize
         yield Case("marlin_moe_gemm", f"T={tokens} E=8", arguments, moved)

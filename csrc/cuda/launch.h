@@ -90,13 +90,31 @@ class Stream {
     if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) {
       return;
     }
-    if (grid.shared_bytes > 48 * 1024) {
-      // The same limit for every launch: another thread may be about to make a larger one.
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(kMostSharedBytes)));
-    }
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), grid);
     kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream_>>>(static_cast<Parameters>(arguments)...);
     check(cudaGetLastError());
+  }
+
+  // The same, but where hardware can (sm_90), blocks start while the kernel before this one on the stream still runs:
+  // every thread calls wait_for_previous_kernel (ptx.cuh) before it touches memory. A capture makes it an edge of the
+  // graph; behind anything but a kernel it is an ordinary launch.
+  template <typename... Parameters, typename... Arguments>
+  void launch_early(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) const {
+    if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) {
+      return;
+    }
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), grid);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = can_wait(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
 
   int multiprocessors() const {
@@ -107,6 +125,21 @@ class Stream {
   }
 
  private:
+  void allow_shared_bytes(const void* kernel, const Grid& grid) const {
+    if (grid.shared_bytes > 48 * 1024) {
+      // The same limit for every launch: another thread may be about to make a larger one.
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(kMostSharedBytes)));
+    }
+  }
+
+  // Whether the code that runs on this device has the wait in it: not what was compiled for an older one.
+  bool can_wait(const void* kernel) const {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+  }
+
   void check(cudaError_t error) const {
     if (error != cudaSuccess) {
       cudaGetLastError();  // forgets it: the next launch would be blamed for it
@@ -130,7 +163,17 @@ class Stream {
     if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) {
       return;
     }
-    emulation::launch(op_, kernel, grid.blocks, grid.threads, grid.shared_bytes, static_cast<Parameters>(arguments)...);
+    emulation::launch(op_, kernel, grid.blocks, grid.threads, grid.shared_bytes, false,
+                      static_cast<Parameters>(arguments)...);
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void launch_early(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) const {
+    if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) {
+      return;
+    }
+    emulation::launch(op_, kernel, grid.blocks, grid.threads, grid.shared_bytes, true,
+                      static_cast<Parameters>(arguments)...);
   }
 
   int multiprocessors() const { return 4; }

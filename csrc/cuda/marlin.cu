@@ -12,6 +12,8 @@ namespace {
 constexpr int kGatherThreads = 128;
 
 __global__ void __launch_bounds__(kGatherThreads) gather_rows(MarlinGather g) {
+  wait_for_previous_kernel();
+  start_next_kernel();
   const int64_t row = blockIdx.x;
   int64_t source = row;
   const int32_t* perm = g.perm;
@@ -75,8 +77,11 @@ MarlinProduct<T> product_of(const MarlinCall& call, const Tensor& out) {
   p.reduction = a.reduction;
   p.counters = mutable_data<int32_t>(call.workspace);
   if (call.rows.grouped()) {
-    p.zero_blocks = static_cast<int>(divide_up(call.rows.count, kMarlinZeroRows));
+    p.zero_blocks = call.slots > 1 ? 0 : static_cast<int>(divide_up(call.rows.count, kMarlinNamedRows));
   }
+  // The blocks of a product whose rows of x are those of the list are known since an earlier one of the same list.
+  p.prefetch = !call.rows.grouped() || call.rows.top_k == 1;
+  p.slots = static_cast<int>(call.slots);
   return p;
 }
 
@@ -124,18 +129,30 @@ Tensor partial_sums(const MarlinCall& call, const MarlinConfig& config) {
   }
 }
 
+// Counters of the sums over slots, of which there is one for each tile of columns.
+int64_t slot_counters(const MarlinCall& call) {
+  const int64_t wanted = call.slots > 1 ? divide_up(call.product_columns, kMarlinUnit) : 0;
+  FERRUM_CHECK(call.workspace.numel() >= wanted, call.op, "workspace", "expected at least ", wanted,
+               " counters for sums over slots, got ", call.workspace.numel());
+  return wanted;
+}
+
 template <typename T>
 void run_typed(const MarlinCall& call, const Tensor& out) {
   const Stream stream(call.op, call.x);
   MarlinProduct<T> p = product_of<T>(call, out);
   const Tensor gathered = gather(stream, call, p);
-  const int64_t device = stream.multiprocessors();
+  const int64_t reserved = slot_counters(call);
+  p.slot_counters = p.counters;
+  p.counters += reserved;
   const MarlinShape shape{call.rows.grouped() ? call.rows.entries : call.rows.count,
                           call.rows.block_size,
                           call.product_columns,
                           call.arguments.packed_rows,
-                          call.max_sms > 0 ? std::min(call.max_sms, device) : device,
-                          call.workspace.numel()};
+                          stream.multiprocessors(),
+                          call.workspace.numel() - reserved,
+                          call.max_sms,
+                          divide_up(call.rows.count, std::max(call.rows.experts, 1))};
   const MarlinConfig config = pick_marlin_config(shape);
   narrow(call.op, "x", config.token_tiles * config.column_tiles * config.splits + p.zero_blocks);
   Tensor partials;
@@ -143,10 +160,16 @@ void run_typed(const MarlinCall& call, const Tensor& out) {
     partials = partial_sums(call, config);
     p.partials = partials.mutable_data_ptr();
   }
+  Tensor slot_sums;
+  if (call.slots > 1) {  // in vectors of four
+    p.slot_stride = divide_up(p.out_features, 4) * 4;
+    slot_sums = new_output(call.x, {call.rows.count, p.slot_stride}, ScalarType::Float);
+    p.slot_sums = mutable_data<float>(slot_sums);
+  }
   if (call.bits == 4) {
-    launch_marlin<T, 4>(stream, config, p, call.max_sms);
+    launch_marlin<T, 4>(stream, config, p);
   } else {
-    launch_marlin<T, 8>(stream, config, p, call.max_sms);
+    launch_marlin<T, 8>(stream, config, p);
   }
 }
 
@@ -155,8 +178,8 @@ Tensor marlin_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, 
                    int64_t out_features, int64_t group_size, int64_t bits, const std::string& reduction,
                    int64_t max_sms) {
   const char* op = "marlin_gemm";
-  MarlinCall call{op,   x,       packed, scales, zeros,        perm,  bias,   workspace,
-                  bits, max_sms, {},     {},     out_features, false, nullptr};
+  MarlinCall call{op,   x,       packed, scales, zeros,        perm,  bias,    workspace,
+                  bits, max_sms, {},     {},     out_features, false, nullptr, 1};
   call.arguments = check_marlin(op, x, packed, scales, zeros, perm, workspace, -1, out_features, group_size, bits,
                                 reduction, max_sms);
   check_marlin_bias(op, bias, -1, out_features);
@@ -175,7 +198,7 @@ Tensor marlin_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, 
 
 void launch_marlin_gather(const Stream& stream, const MarlinGather& gather) {
   const int64_t chunks = divide_up(gather.packed_rows, 8 * kGatherThreads);
-  stream.launch(
+  stream.launch_early(
       gather_rows,
       Grid{dim3(narrow("marlin_gemm", "x", gather.count), static_cast<unsigned>(chunks)), dim3(kGatherThreads)},
       gather);

@@ -10,6 +10,9 @@
 //       32      128    128              8 KB      24 KB  2, as many as registers allow
 //       64      256     64              8 KB      24 KB  1, of 8 warps
 //
+// As many blocks start as are resident at once, and walk over the tiles: a grouped product's list of blocks has room
+// for every routing, and those behind its end (a quarter of them at M = 8, most at M = 32) cost no block of their own.
+//
 // A warp has four steps of 16 rows in each stage, over which it spreads what a stage costs besides its products.
 // Narrow tiles make many blocks of one token's few weights. Wide ones read activations less often: of a routed block of
 // Qwen3-30B-A3B at M = 512, 64 x 256 moves 0.67 GB from the second-level cache, 64 x 128 would 1.0.
@@ -34,30 +37,44 @@ struct MarlinShape {
   int64_t block_size;  // of a grouped product; 0: all rows have the same weights
   int64_t columns, depth;
   int64_t multiprocessors;
-  int64_t counters;  // tiles that may be split
+  int64_t counters;             // tiles that may be split
+  int64_t max_sms = 0;          // the most multiprocessors to use; 0: all
+  int64_t rows_per_matrix = 0;  // on average, of a grouped product; of another all of them
 };
 
 struct MarlinConfig {
   MarlinTile tile;
   int64_t token_tiles, column_tiles, splits;
+  int64_t blocks;  // that walk over tiles x splits
+  bool read_once;  // the weights, as far as anybody knows
 };
 
+// Those that are used.
+constexpr int64_t marlin_multiprocessors(const MarlinShape& s) {
+  return s.max_sms > 0 && s.max_sms < s.multiprocessors ? s.max_sms : s.multiprocessors;
+}
+
 constexpr MarlinConfig marlin_config(const MarlinShape& s, const MarlinTile& tile) {
+  const int64_t multiprocessors = marlin_multiprocessors(s);
   const int64_t block = s.block_size > 0 ? s.block_size : s.tokens;
   const int64_t blocks = s.block_size > 0 ? divide_up(s.tokens, s.block_size) : 1;
-  MarlinConfig c{tile, blocks * divide_up(block, tile.tokens), divide_up(s.columns, tile.columns), 1};
+  MarlinConfig c{tile, blocks * divide_up(block, tile.tokens), divide_up(s.columns, tile.columns), 1, 0, false};
   const int64_t tiles = c.token_tiles * c.column_tiles;
   if (tiles > 0 && tiles <= s.counters) {  // as many splits as are resident at once
-    const int64_t resident = s.multiprocessors * tile.blocks / tiles, deep = s.depth / kMarlinMinDepth;
+    const int64_t resident = multiprocessors * tile.blocks / tiles, deep = s.depth / kMarlinMinDepth;
     const int64_t splits = resident < deep ? resident : deep;
     c.splits = splits > 1 ? splits : 1;
   }
+  const int64_t most = s.max_sms > 0 ? multiprocessors : multiprocessors * tile.blocks;
+  c.blocks = tiles * c.splits < most ? tiles * c.splits : most;
+  c.read_once = s.rows_per_matrix <= tile.tokens;
   return c;
 }
 
 // The products that a multiprocessor makes one after another, in numbers of the result.
 constexpr int64_t marlin_cost(const MarlinShape& s, const MarlinConfig& c) {
-  const int64_t rounds = divide_up(c.token_tiles * c.column_tiles * c.splits, s.multiprocessors * c.tile.blocks);
+  const int64_t resident = marlin_multiprocessors(s) * c.tile.blocks;
+  const int64_t rounds = divide_up(c.token_tiles * c.column_tiles * c.splits, resident);
   return rounds * c.tile.blocks * c.tile.tokens * c.tile.columns / c.splits;
 }
 
@@ -100,6 +117,16 @@ static_assert(picks(32, 0, 2048, 4096, 32, 16, 16), "256 blocks of 256 rows");
 static_assert(picks(128, 0, 5120, 2048, 64, 40, 3), "120 blocks in one round");
 static_assert(picks(512, 0, 5120, 2048, 32, 640, 1), "3 rounds of 2 x 32 x 128 take less than 2 of 64 x 256");
 static_assert(picks(512, 0, 2048, 4096, 64, 64, 2));
+constexpr MarlinConfig picked(int64_t tokens, int64_t block_size, int64_t columns, int64_t rows, int64_t max_sms = 0) {
+  return pick_marlin_config({tokens, block_size, columns, 2048, 132, 16 * 132, max_sms, rows});
+}
+static_assert(picked(64, 8, 1536, 1).blocks == 384 && picked(512, 8, 1536, 1).blocks == 396, "3 a multiprocessor");
+static_assert(picked(1024 + 128 * 15, 16, 1536, 8).blocks == 396, "M = 128: 5.6 tiles each, one after another");
+static_assert(picked(4096 + 128 * 31, 32, 1536, 32).blocks == 264 &&
+              picked(4096 + 128 * 63, 64, 1536, 32).blocks == 132);
+static_assert(picked(512, 8, 1536, 1, 7).blocks == 7, "no more blocks than multiprocessors");
+static_assert(picked(512, 8, 1536, 1).read_once && picked(1024 + 128 * 15, 16, 1536, 8).read_once);
+static_assert(!picked(4096 + 128 * 31, 32, 1536, 40).read_once && !picked(65, 0, 5120, 65).read_once);
 static_assert(picks(0, 0, 2048, 4096, 8, 0, 1) && picks(1, 0, 0, 4096, 8, 0, 1) && picks(1, 0, 64, 0, 8, 1, 1));
 
 }  // namespace ferrum::cuda

@@ -55,6 +55,16 @@ struct MarlinPlace {
   int token_tile, column_tile, split, expert;
 };
 
+// Tiles of the same weights run at the same time: the second-level cache has them for all but the first. Those of a
+// grouped product follow its list of blocks, so that all behind the end of the list come last.
+template <typename T>
+__device__ __forceinline__ MarlinPlace place_of_tile(const MarlinProduct<T>& p, int tile) {
+  if (p.rows.grouped()) {
+    return {tile / (p.column_tiles * p.splits), tile / p.splits % p.column_tiles, tile % p.splits, 0};
+  }
+  return {tile % p.token_tiles, tile / p.token_tiles % p.column_tiles, tile / (p.token_tiles * p.column_tiles), 0};
+}
+
 // What one thread copies of each stage in turn.
 template <typename T, int Bits, typename Shape>
 class MarlinFetcher {
@@ -67,7 +77,7 @@ class MarlinFetcher {
  public:
   __device__ __forceinline__ MarlinFetcher(const MarlinProduct<T>& p, const MarlinPlace& place, const int* sources,
                                            unsigned char* shared, int first)
-      : p_(p), shared_(shared), stage_(first), policy_(evict_first_policy()) {
+      : p_(p), shared_(shared), stage_(first), policy_(weights_policy(p.read_once)) {
     const int piece = threadIdx.x % Stage::kStepPieces, unit = piece / Stage::kUnitPieces;
     const int step = threadIdx.x / Stage::kStepPieces, units = p.units - place.column_tile * Shape::kColumnWarps;
     packed_ = p.packed + place.expert * p.packed_expert + (first * Shape::kSteps + step) * p.packed_row +
@@ -159,5 +169,40 @@ class MarlinFetcher {
   const uint4* zeros_;
   int scale_shift_, scale_pieces_, zero_pieces_;
 };
+
+// Brings what the first stages of a block's first tile read of its weights into the second-level cache, while the
+// kernel that makes x may still run. A hint: right whatever the guess at the expert is, and while weights are being
+// written.
+template <typename T, int Bits, typename Shape>
+__device__ __forceinline__ void prefetch_weights(const MarlinProduct<T>& p, int tile) {
+  using Stage = MarlinStage<T, Bits, Shape>;
+  MarlinPlace place = place_of_tile(p, tile);
+  if (p.rows.grouped()) {
+    place.expert = load_guess(p.rows.block_ids + place.token_tile / p.tiles_of_block);
+    if (place.expert < 0 || place.expert >= p.rows.experts) {
+      return;
+    }
+  }
+  const int stages = (p.steps + Shape::kSteps - 1) / Shape::kSteps;
+  const int first = static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits) * Shape::kSteps;
+  const int steps = min((Stage::kStages - 1) * Shape::kSteps, p.steps - first);
+  const int units = min(Shape::kColumnWarps, p.units - place.column_tile * Shape::kColumnWarps);
+  const uint4* const packed =
+      p.packed + place.expert * p.packed_expert + first * p.packed_row + place.column_tile * Stage::kStepPieces;
+  for (int i = threadIdx.x; i < steps; i += Shape::kThreads) {
+    prefetch_to_l2(packed + i * p.packed_row, units * Stage::kUnitPieces * 16);
+  }
+  if (p.one_group() || steps <= 0) {
+    return;
+  }
+  const int scale_bytes = p.scales.dtype == Dtype::float32 ? 4 : 2, first_group = p.group_of(first);
+  const int groups = p.group_of(first + steps - 1) - first_group + 1;
+  const unsigned char* const scales =
+      static_cast<const unsigned char*>(p.scales.values) +
+      (place.expert * p.scales_expert + first_group * p.scales_row + place.column_tile * Shape::kColumns) * scale_bytes;
+  for (int i = threadIdx.x; i < groups; i += Shape::kThreads) {
+    prefetch_to_l2(scales + i * p.scales_row * scale_bytes, units * kMarlinUnit * scale_bytes);
+  }
+}
 
 }  // namespace ferrum::cuda

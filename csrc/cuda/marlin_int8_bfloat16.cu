@@ -1,6 +1,5 @@
 #include "cuda/marlin_kernel.cuh"
 
 namespace ferrum::cuda {
-template void launch_marlin<__nv_bfloat16, 8>(const Stream&, const MarlinConfig&, const MarlinProduct<__nv_bfloat16>&,
-                                              int64_t);
+template void launch_marlin<__nv_bfloat16, 8>(const Stream&, const MarlinConfig&, const MarlinProduct<__nv_bfloat16>&);
 }

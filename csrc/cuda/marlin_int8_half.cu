@@ -1,5 +1,5 @@
 #include "cuda/marlin_kernel.cuh"
 
 namespace ferrum::cuda {
-template void launch_marlin<__half, 8>(const Stream&, const MarlinConfig&, const MarlinProduct<__half>&, int64_t);
+template void launch_marlin<__half, 8>(const Stream&, const MarlinConfig&, const MarlinProduct<__half>&);
 }

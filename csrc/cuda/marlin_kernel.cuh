@@ -2,6 +2,7 @@
 // and width of codes: they take the compiler long.
 #pragma once
 
+#include "cuda/marlin_rows.cuh"
 #include "cuda/marlin_tile.cuh"
 
 namespace ferrum::cuda {
@@ -36,7 +37,18 @@ __device__ __forceinline__ int find_rows(const MarlinProduct<T>& p, int token_ti
   return __syncthreads_or(row >= 0) != 0 ? expert : -1;
 }
 
-// Calls f(token, column, sums) for the thread's share of a tile: columns + {0, 1, 8, 9}.
+// Tiles of tokens up to the end of the list of blocks; at least one, or nobody would clear the sums over slots.
+template <typename T>
+__device__ __forceinline__ int used_token_tiles(const MarlinProduct<T>& p) {
+  if (!p.rows.grouped()) {
+    return p.token_tiles;
+  }
+  const int64_t used = min(static_cast<int64_t>(*p.rows.used_entries), p.rows.entries);
+  const int blocks = static_cast<int>((used + p.rows.block_size - 1) / p.rows.block_size);
+  return max(blocks * p.tiles_of_block, 1);
+}
+
+// Calls f(token, column) for the thread's share of a tile: columns + {0, 1, 8, 9}.
 template <typename Shape, typename F>
 __device__ __forceinline__ void for_each_share(F&& f) {
 #pragma unroll 1
@@ -75,9 +87,10 @@ struct Partial {
   }
 };
 
-// From the sums of the warps to the result. The last of several splits adds them all up in their order.
+// From the sums of the warps to the result. The last of several splits adds them all up in their order. Returns whether
+// the tile is finished.
 template <typename T, typename Shape>
-__device__ __forceinline__ void finish_tile(const MarlinProduct<T>& p, const MarlinPlace& place, const int* rows,
+__device__ __forceinline__ bool finish_tile(const MarlinProduct<T>& p, const MarlinPlace& place, const int* rows,
                                             const float* sums, int* is_last) {
   const int first_column = place.column_tile * Shape::kColumns;
   const auto sum_of_warps = [&](int token, int column, float (&sum)[4]) {
@@ -95,13 +108,14 @@ __device__ __forceinline__ void finish_tile(const MarlinProduct<T>& p, const Mar
     return rows[token] >= 0 && first_column + column < p.units * kMarlinUnit;
   };
   if (p.splits == 1) {
-    return for_each_share<Shape>([&](int token, int column) {
+    for_each_share<Shape>([&](int token, int column) {
       if (inside(token, column)) {
         float sum[4];
         sum_of_warps(token, column, sum);
         finish(p, place.expert, rows[token], first_column + column, sum);
       }
     });
+    return true;
   }
   const int tile = place.token_tile + p.token_tiles * place.column_tile;
   const int slots = p.reduction == MarlinReduction::atomic ? 1 : p.splits;
@@ -123,7 +137,7 @@ __device__ __forceinline__ void finish_tile(const MarlinProduct<T>& p, const Mar
   }
   __syncthreads();
   if (*is_last == 0) {
-    return;
+    return false;
   }
   for_each_share<Shape>([&](int token, int column) {
     if (inside(token, column)) {
@@ -142,38 +156,49 @@ __device__ __forceinline__ void finish_tile(const MarlinProduct<T>& p, const Mar
   if (threadIdx.x == 0) {
     p.counters[tile] = 0;
   }
+  return true;
 }
 
 template <typename T, int Bits, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(MarlinProduct<T> p) {
   __shared__ int rows[Shape::kTokens], sources[Shape::kTokens], is_last;
   FERRUM_DYNAMIC_SHARED(unsigned char, shared);
-  const int blocks = static_cast<int>(gridDim.x) - p.zero_blocks;
-  if (static_cast<int>(blockIdx.x) >= blocks) {
-    zero_unnamed_rows(p, (static_cast<int64_t>(blockIdx.x) - blocks) * kMarlinZeroRows, shared);
+  const int stages = (p.steps + Shape::kSteps - 1) / Shape::kSteps, tiles = p.token_tiles * p.column_tiles * p.splits;
+  const int block = static_cast<int>(blockIdx.x) - p.zero_blocks, blocks = static_cast<int>(gridDim.x) - p.zero_blocks;
+  if (p.prefetch && block >= 0) {
+    prefetch_weights<T, Bits, Shape>(p, block);
+  }
+  wait_for_previous_kernel();
+  start_next_kernel();
+  if (block < 0) {
+    zero_unnamed_rows(p, static_cast<int64_t>(blockIdx.x) * kMarlinNamedRows, shared);
     return;
   }
-  const int stages = (p.steps + Shape::kSteps - 1) / Shape::kSteps, tiles = p.token_tiles * p.column_tiles * p.splits;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += blocks) {
-    // Tiles of the same weights are neighbours: the second-level cache has them for all but the first.
-    MarlinPlace place{tile % p.token_tiles, tile / p.token_tiles % p.column_tiles,
-                      tile / (p.token_tiles * p.column_tiles), 0};
+  for (int tile = block; tile < tiles; tile += blocks) {
+    MarlinPlace place = place_of_tile(p, tile);
     place.expert = find_rows<T, Shape>(p, place.token_tile, rows, sources);
-    if (place.expert < 0) {
-      continue;
+    const int token_tiles = used_token_tiles(p);  // behind find_rows, whose loads would wait for it
+    if (place.token_tile >= token_tiles) {
+      break;
     }
-    float total[4][Shape::kWarpTiles][4] = {};
-    const int first = static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits);
-    const int last = static_cast<int>(static_cast<int64_t>(stages) * (place.split + 1) / p.splits);
-    MarlinFetcher<T, Bits, Shape> fetcher(p, place, sources, shared, first);
-    const MarlinMultiplier<T, Bits, Shape> multiplier(p, place, shared);
-    multiply_stages(fetcher, multiplier, first, last, total);
-    __syncthreads();  // the sums take the place of stages that other warps may still read
-    float* const sums = reinterpret_cast<float*>(shared);
-    multiplier.store_sums(sums, total);
-    __syncthreads();
-    finish_tile<T, Shape>(p, place, rows, sums, &is_last);
+    bool finished = place.split == 0;
+    if (place.expert >= 0) {
+      float total[4][Shape::kWarpTiles][4] = {};
+      const int first = static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits);
+      const int last = static_cast<int>(static_cast<int64_t>(stages) * (place.split + 1) / p.splits);
+      MarlinFetcher<T, Bits, Shape> fetcher(p, place, sources, shared, first);
+      const MarlinMultiplier<T, Bits, Shape> multiplier(p, place, shared);
+      multiply_stages(fetcher, multiplier, first, last, total);
+      __syncthreads();  // the sums take the place of stages that other warps may still read
+      float* const sums = reinterpret_cast<float*>(shared);
+      multiplier.store_sums(sums, total);
+      __syncthreads();
+      finished = finish_tile<T, Shape>(p, place, rows, sums, &is_last);
+    }
+    if (finished && p.slot_sums != nullptr) {
+      sum_if_last<T, Shape>(p, place.column_tile, token_tiles, shared, &is_last);
+    }
     __syncthreads();  // the next tile's rows and stages take their place
   }
 }
@@ -188,7 +213,7 @@ static_assert(groups_in_stage(4, 8) == 1 && groups_in_stage(4, 1) == 4 && groups
               groups_in_stage(8, 3) == 4 && groups_in_stage(4, 5) == 2 && groups_in_stage(8, 5) == 3);
 
 template <typename T, int Bits, typename Shape>
-void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduct<T> p, int64_t max_blocks) {
+void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduct<T> p) {
   using Stage = MarlinStage<T, Bits, Shape>;
   const int scale_bytes = p.scales.dtype == Dtype::float32 ? 4 : 2;
   const int groups = p.inverse_group_steps == 0.0f ? 1 : groups_in_stage(Shape::kSteps, p.group_steps);
@@ -198,30 +223,28 @@ void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduc
   constexpr int kMostBytes = Stage::kScales + Shape::kSteps * (Shape::kColumns * 4 + Stage::kZeroPieces * 16);
   constexpr int kSumBytes = Shape::kDepthWarps * Shape::kTokens * Shape::kSumStride * static_cast<int>(sizeof(float));
   static_assert(Stage::kStages * kMostBytes <= kMostSharedBytes && kSumBytes <= kMostSharedBytes);
-  const int64_t tiles = config.token_tiles * config.column_tiles * config.splits;
-  const int64_t blocks = max_blocks > 0 && max_blocks < tiles ? max_blocks : tiles;
   p.token_tiles = static_cast<int>(config.token_tiles);
   p.column_tiles = static_cast<int>(config.column_tiles);
   p.splits = static_cast<int>(config.splits);
+  p.read_once = config.read_once;
   p.tiles_of_block = static_cast<int>(divide_up(p.rows.block_size, Shape::kTokens));
-  stream.launch(marlin_tiles<T, Bits, Shape>,
-                Grid{dim3(static_cast<unsigned>(blocks + p.zero_blocks)), dim3(Shape::kThreads),
-                     static_cast<size_t>(max(Stage::kStages * p.stage_bytes, kSumBytes))},
-                p);
+  stream.launch_early(marlin_tiles<T, Bits, Shape>,
+                      Grid{dim3(static_cast<unsigned>(config.blocks + p.zero_blocks)), dim3(Shape::kThreads),
+                           static_cast<size_t>(max(Stage::kStages * p.stage_bytes, kSumBytes))},
+                      p);
 }
 
 template <typename T, int Bits>
-void launch_marlin(const Stream& stream, const MarlinConfig& config, const MarlinProduct<T>& product,
-                   int64_t max_blocks) {
+void launch_marlin(const Stream& stream, const MarlinConfig& config, const MarlinProduct<T>& product) {
   switch (config.tile.tokens) {
     case 8:
-      return launch_tiles<T, Bits, MarlinTile8>(stream, config, product, max_blocks);
+      return launch_tiles<T, Bits, MarlinTile8>(stream, config, product);
     case 16:
-      return launch_tiles<T, Bits, MarlinTile16>(stream, config, product, max_blocks);
+      return launch_tiles<T, Bits, MarlinTile16>(stream, config, product);
     case 32:
-      return launch_tiles<T, Bits, MarlinTile32>(stream, config, product, max_blocks);
+      return launch_tiles<T, Bits, MarlinTile32>(stream, config, product);
     default:
-      return launch_tiles<T, Bits, MarlinTile64>(stream, config, product, max_blocks);
+      return launch_tiles<T, Bits, MarlinTile64>(stream, config, product);
   }
 }
 

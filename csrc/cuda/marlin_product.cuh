@@ -77,7 +77,13 @@ struct MarlinProduct {
   void* partials;                // sums of the splits of each tile
   int32_t* counters;             // of the splits of each tile that are done; zero between launches
   int stage_bytes, zeros_place;  // of a stage; of the zero points in it
-  int zero_blocks;
+  bool read_once;                // the weights: no tile reads them again
+  bool prefetch;                 // the first tile's weights, before the kernel that makes x is done
+  int zero_blocks;               // that come first and clear the rows of the result that no tile writes
+  int slots;                     // rows of the product of which one of the result is the sum
+  float* slot_sums;              // [rows.count][slot_stride]: the rows of the product; null: one is a row of the result
+  int64_t slot_stride;
+  int32_t* slot_counters;  // of each tile of columns, whose token tiles are done; zero between launches
 
   __device__ __forceinline__ bool one_group() const { return inverse_group_steps == 0.0f; }
   // (step + 0.5) / group_steps is at least 0.5 / group_steps from an integer: exact below 2^21 steps.
@@ -86,53 +92,29 @@ struct MarlinProduct {
   }
 };
 
-constexpr int kMarlinZeroRows = 1024;  // rows of the result that one block looks for
+constexpr int kMarlinNamedRows = 1024;  // of a grouped product, that a block of threads looks for at a time
 
-// Zeros in rows `first` ... of the result that no block with an expert names. `named`: kMarlinZeroRows bytes.
-template <typename T>
-__device__ void zero_unnamed_rows(const MarlinProduct<T>& p, int64_t first, unsigned char* named) {
-  const MarlinRows& rows = p.rows;
-  const int count = static_cast<int>(min(rows.count - first, static_cast<int64_t>(kMarlinZeroRows)));
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    named[i] = 0;
-  }
-  __syncthreads();
-  const int64_t entries = min(rows.entries, static_cast<int64_t>(*rows.used_entries));
-  for (int64_t entry = threadIdx.x; entry < entries; entry += blockDim.x) {
-    const int32_t row = rows.sorted_ids[entry];
-    if (row >= first && row < first + count && rows.names(row, rows.block_ids[entry / rows.block_size])) {
-      named[row - first] = 1;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
-    for (int64_t c = threadIdx.x % 32; named[i] == 0 && c < p.out_features; c += 32) {
-      p.out[(first + i) * p.out_features + c] = from_float<T>(0.0f);
-    }
-  }
-}
-
-// Two neighbouring columns of a row of the result.
-template <typename T>
-__device__ __forceinline__ void store_pair(const MarlinProduct<T>& p, int64_t row, int64_t column, float x, float y) {
-  T* const to = p.out + row * p.out_features + column;
-  if (p.out_features % 2 == 0) {
-    if (column < p.out_features) {
+// Two neighbouring columns of a row of `width` numbers.
+template <typename U>
+__device__ __forceinline__ void store_pair(U* rows, int64_t width, int64_t row, int64_t column, float x, float y) {
+  U* const to = rows + row * width + column;
+  if (width % 2 == 0) {
+    if (column < width) {
       const float pair[2] = {x, y};
       store(to, pair);
     }
     return;
   }
-  if (column < p.out_features) {
-    to[0] = from_float<T>(x);
+  if (column < width) {
+    to[0] = from_float<U>(x);
   }
-  if (column + 1 < p.out_features) {
-    to[1] = from_float<T>(y);
+  if (column + 1 < width) {
+    to[1] = from_float<U>(y);
   }
 }
 
 // Sums of columns `column` + {0, 1, 8, 9} of the product, column % 16 being even and below 8, become what they are in
-// a row of the result.
+// a row of the result, or unrounded of the product.
 template <typename T>
 __device__ __forceinline__ void finish(const MarlinProduct<T>& p, int expert, int64_t row, int column,
                                        float (&sum)[4]) {
@@ -161,16 +143,22 @@ __device__ __forceinline__ void finish(const MarlinProduct<T>& p, int expert, in
   for (int i = 0; i < 4; ++i) {
     sum[i] *= weight;
   }
+  const auto store_at = [&](int64_t at, float x, float y) {
+    if (p.slot_sums != nullptr) {
+      store_pair(p.slot_sums, p.slot_stride, row, at, x, y);
+    } else {
+      store_pair(p.out, p.out_features, row, at, x, y);
+    }
+  };
   if (p.silu_mul) {
-    return store_pair(p, row, column / 16 * 8 + column % 8, sum[0], sum[1]);
+    return store_at(column / 16 * 8 + column % 8, sum[0], sum[1]);
   }
-  store_pair(p, row, column, sum[0], sum[1]);
-  store_pair(p, row, column + 8, sum[2], sum[3]);
+  store_at(column, sum[0], sum[1]);
+  store_at(column + 8, sum[2], sum[3]);
 }
 
 // One launch: every tile and, of a grouped product, the rows that no tile writes.
 template <typename T, int Bits>
-void launch_marlin(const Stream& stream, const MarlinConfig& config, const MarlinProduct<T>& product,
-                   int64_t max_blocks);
+void launch_marlin(const Stream& stream, const MarlinConfig& config, const MarlinProduct<T>& product);
 
 }  // namespace ferrum::cuda

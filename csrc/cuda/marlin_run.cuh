@@ -40,6 +40,7 @@ struct MarlinCall {
   int64_t product_columns;
   bool silu_mul;
   const float* topk_weights;
+  int64_t slots;
 };
 
 void run_marlin(const MarlinCall& call, const Tensor& out);

@@ -78,17 +78,18 @@ class MarlinMultiplier {
   __device__ __forceinline__ void add_group(const unsigned char* at, int step, int end, int row,
                                             float (&total)[4][kTiles][4]) const {
     float sums[4][kTiles][4] = {}, x_sums[kTiles][4] = {};
-    uint32_t codes[8], zero[8];
-    load_zeros(at + p_.zeros_place + row * Stage::kZeroPieces * 16, codes);
+    const unsigned char* const zeros = at + p_.zeros_place + row * Stage::kZeroPieces * 16;
+    uint32_t zero[8];
     if constexpr (!kBiased) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        zero[i] = C::zero_pair(codes[i]);
-      }
+      load_zeros(zeros, zero, C::zero_pair);
     }
 #pragma unroll 1
     for (; step < end; ++step) {
       multiply(at, step, zero, sums, x_sums);
+    }
+    float bias[8];
+    if constexpr (kBiased) {
+      load_zeros(zeros, bias, [](uint32_t code) { return C::kBias + static_cast<float>(code); });
     }
     float scale[8] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
     if (!p_.one_group()) {  // a lane's eight scales of a unit follow each other: 2 * tile + half
@@ -100,25 +101,32 @@ class MarlinMultiplier {
       const int tile = i / (4 * kTiles), t = i / 4 % kTiles, column = 2 * tile + i % 4 / 2;
       float sum = sums[tile][t][i % 4];
       if constexpr (kBiased) {
-        sum -= (C::kBias + static_cast<float>(codes[column])) * x_sums[t][i % 2];
+        sum -= bias[column] * x_sums[t][i % 2];
       }
       total[tile][t][i % 4] += scale[column] * sum;
     }
   }
 
-  __device__ __forceinline__ void load_zeros(const unsigned char* row, uint32_t (&codes)[8]) const {
-    uint32_t words[C::kZeroWords] = {};
-    if (p_.zeros != nullptr) {
-      const uint32_t* const from =
-          reinterpret_cast<const uint32_t*>(row) + (column_warp_ * 8 + threadIdx.x % 32 / 4) * C::kZeroWords;
+  // The zero points of a lane's columns as `convert` makes them. Symmetric weights have one, known beforehand.
+  template <typename Zero, typename Convert>
+  __device__ __forceinline__ void load_zeros(const unsigned char* row, Zero (&zero)[8], const Convert& convert) const {
+    if (p_.zeros == nullptr) {
 #pragma unroll
-      for (int i = 0; i < C::kZeroWords; ++i) {
-        words[i] = from[i];
+      for (int i = 0; i < 8; ++i) {
+        zero[i] = convert(1u << (Bits - 1));
       }
+      return;
+    }
+    const uint32_t* const from =
+        reinterpret_cast<const uint32_t*>(row) + (column_warp_ * 8 + threadIdx.x % 32 / 4) * C::kZeroWords;
+    uint32_t words[C::kZeroWords];
+#pragma unroll
+    for (int i = 0; i < C::kZeroWords; ++i) {
+      words[i] = from[i];
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      codes[i] = p_.zeros != nullptr ? C::zero_code(words, i) : 1u << (Bits - 1);
+      zero[i] = convert(C::zero_code(words, i));
     }
   }
 

@@ -8,6 +8,7 @@
 
 #include "checks/moe_routing.h"
 #include "cuda/order.cuh"
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
 
@@ -29,6 +30,7 @@ struct Route {
 // Lane l holds experts l, l + 32, ... as keys (order.cuh); 0, below every key, where there is none or it is taken.
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(32 * kWarps) route_tokens(Route<T> route) {
+  start_next_kernel();
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= route.tokens) {

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cuda/moe_routing_sort.cuh"
+#include "cuda/ptx.cuh"
 
 namespace ferrum::cuda {
 namespace {
@@ -72,6 +73,8 @@ __global__ void __launch_bounds__(1024)
 __global__ void __launch_bounds__(1024, 1) align_blocks(Pairs pairs, bool pair_ids, Blocks out) {
   __shared__ int32_t scratch[kMaxWarps];
   FERRUM_DYNAMIC_SHARED(int32_t, shared);
+  wait_for_previous_kernel();
+  start_next_kernel();
   const int32_t experts = pairs.num_experts;
   int32_t* const totals = shared;
   int32_t* const starts = shared + experts;
@@ -103,7 +106,7 @@ void align(const Stream& stream, const SortConfig& config, const Pairs& pairs, b
            const Blocks& out) {
   const Grid grid = grid_of(config, pairs.num_experts);
   if (config.one_launch) {
-    return stream.launch(align_blocks, grid, pairs, pair_ids, out);
+    return stream.launch_early(align_blocks, grid, pairs, pair_ids, out);
   }
   Tensor packed_rows = new_output(like, {pair_ids ? 0 : pairs.count});
   Tensor offsets = new_output(like, {pair_ids ? 0 : pairs.num_experts + 1});

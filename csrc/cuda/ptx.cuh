@@ -34,11 +34,15 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, int v
 #endif
 }
 
-// What is read once, such as weights, should leave the second-level cache first.
-__device__ __forceinline__ uint64_t evict_first_policy() {
+// Weights that are read once should leave the second-level cache first, and others as anything else does.
+__device__ __forceinline__ uint64_t weights_policy(bool read_once) {
 #ifdef __CUDACC__
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  if (read_once) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;\n" : "=l"(policy));
+  }
   return policy;
 #else
   return 0;
@@ -230,19 +234,45 @@ __device__ __forceinline__ int count_arrival(int* counter) {
 #endif
 }
 
-// ---- programmatic dependent launch: nothing where the hardware (before sm_90) or the launch does not have it
+// ---- programmatic dependent launch, from sm_90 on: nothing before, or where the launch does not ask for it
 
-// Waits until the kernel before this one on the stream has finished and its writes are visible.
+// Waits until the kernel before this one on the stream has finished and its writes are visible. What
+// Stream::launch_early starts has every thread call it, before all else but hints: memory may be written, and what is
+// read may not be there.
 __device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifndef __CUDACC__
+  emulation::wait_for_previous_grid();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
 #endif
 }
 
-// Allows the kernel after this one on the stream to start, up to its own wait.
+// Allows the kernel after this one on the stream to start, up to its own wait, once all blocks have said so. Said after
+// this kernel's wait: more than two at once would only take each other's place.
 __device__ __forceinline__ void start_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// A hint: brings `bytes`, a multiple of 16 at a multiple of 16, into the second-level cache, in which later writes find
+// them. Nothing before sm_90.
+__device__ __forceinline__ void prefetch_to_l2(const void* global, int bytes) {
+#ifndef __CUDACC__
+  emulation::prefetch(global, bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
+// What the kernel before this one may be writing: any value at all, fit for hints only.
+__device__ __forceinline__ int32_t load_guess(const int32_t* from) {
+#ifdef __CUDACC__
+  int32_t v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(v) : "l"(from) : "memory");
+  return v;
+#else
+  return emulation::guess(from);
 #endif
 }
 

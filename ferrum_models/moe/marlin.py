@@ -184,6 +184,8 @@ class MarlinExpertWeights(ExpertWeights):
         top_k: int,
         columns: int,
         epilogue: str,
+        topk_weights: torch.Tensor | None = None,
+        slots: int = 1,
     ) -> torch.Tensor:
         packed, scales, zeros, perm = self.matrix(name, index)
         if self.clear_workspace:
@@ -198,7 +200,7 @@ class MarlinExpertWeights(ExpertWeights):
             blocks.sorted_token_ids,
             blocks.block_ids,
             blocks.total_post_pad,
-            None,  # the router's weights come with the sum over a token's slots, in float32 there too
+            topk_weights,
             self.workspace[0],
             top_k,
             blocks.block_size,
@@ -208,6 +210,7 @@ class MarlinExpertWeights(ExpertWeights):
             epilogue,
             self.reduction,
             self.max_sms,
+            slots,
         )
 
     def _activated(self, x: torch.Tensor, blocks: Blocks, top_k: int) -> torch.Tensor:
@@ -243,7 +246,11 @@ class MarlinExpertWeights(ExpertWeights):
             )
             rows = self._experts(hidden[sources.clamp_min(0)], blocks, 1)
             return ferrum_ops.moe_combine(rows, pairs, topk_weights)
-        rows = self._experts(hidden, self.pair_blocks(topk_ids, config), top_k)
+        blocks = self.pair_blocks(topk_ids, config)
+        if config.sum_in_down:
+            activated = self._activated(hidden, blocks, top_k)
+            return self._grouped(activated, "w2", (), blocks, 1, self.hidden_size, "none", topk_weights, top_k)
+        rows = self._experts(hidden, blocks, top_k)
         return ferrum_ops.weighted_sum(rows.view(tokens, top_k, self.hidden_size), topk_weights)
 
     def pair_blocks(self, topk_ids: torch.Tensor, config: FusedConfig) -> Blocks:

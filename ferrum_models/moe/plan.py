@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 import ferrum_ops
+from ferrum_ops.ops.moe_gemm import MAX_SLOTS
 
 BLOCK_SIZES = (8, 16, 32, 48, 64)
 
@@ -94,6 +95,8 @@ PAIR_BLOCK = 8
 #: hold nearly all rows that an expert may get; beyond, into products, and padding costs more than a second block.
 FUSED_BLOCKS = ((4, 8), (12, 16), (48, 32))
 LARGEST_BLOCK = 64
+#: Tokens up to which the last block of down's launch adds up their slots; see docs/tuning.md.
+SUM_IN_DOWN_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class FusedConfig:
 
     path: str
     block_size: int = 0
+    sum_in_down: bool = False  # the sum over a token's slots is no launch of its own
 
 
 def pick_fused_config(
@@ -132,12 +136,13 @@ def pick_fused_config(
     configured = pick_moe_block_size(pairs, override=override, large_m=large_m, large_m_min_pairs=large_m_min_pairs)
     if not grouped:
         return FusedConfig("dense")
+    few = 0 < tokens <= SUM_IN_DOWN_TOKENS and 0 < top_k <= MAX_SLOTS
     if tokens == 1:
-        return FusedConfig("pairs", PAIR_BLOCK if override is None else override)
+        return FusedConfig("pairs", PAIR_BLOCK if override is None else override, few)
     # Elsewhere than in bfloat16 torch's grouped product is a loop on the host.
     if dtype == torch.bfloat16 and 0 < dequantize_min_rows * num_experts <= pairs:
         return FusedConfig("dense")
     if override is not None or (large_m is not None and pairs >= large_m_min_pairs):
-        return FusedConfig("blocks", configured)
+        return FusedConfig("blocks", configured, few)
     fitting = (block for rows, block in FUSED_BLOCKS if pairs <= rows * num_experts)
-    return FusedConfig("blocks", next(fitting, LARGEST_BLOCK))
+    return FusedConfig("blocks", next(fitting, LARGEST_BLOCK), few)

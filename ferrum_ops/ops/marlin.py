@@ -473,6 +473,25 @@ def random_marlin(
     )
 
 
+def random_marlin_experts(
+    num_experts: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    device: str,
+    *,
+    asymmetric: bool = False,
+    act_order: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Random `(packed, scales, zeros, perm)` of a stack, for tests and benchmarks; every expert has its own order."""
+    matrices = [
+        random_marlin(in_features, out_features, group_size, bits, device, asymmetric=asymmetric, act_order=act_order)
+        for _ in range(num_experts)
+    ]
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*matrices))
+
+
 def marlin_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     workspace = marlin_workspace(device)
 

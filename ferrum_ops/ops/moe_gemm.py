@@ -24,11 +24,13 @@ from ferrum_ops.ops.int4 import (
     multiply_packed,
     random_matrix,
 )
-from ferrum_ops.ops.marlin import check_bias, check_product, gather_packed_rows, marlin_workspace, random_marlin
+from ferrum_ops.ops.marlin import check_bias, check_product, gather_packed_rows, random_marlin_experts
 from ferrum_ops.ops.moe_routing import check_blocks, expert_of_rows, moe_align_block_size_ref
 
 #: What happens to a product's sums before they are rounded.
 EPILOGUES = ("none", "silu_mul")
+#: Rows of a product that can be added up to one of the result.
+MAX_SLOTS = 1024
 
 
 def moe_experts_int4(
@@ -160,6 +162,7 @@ def marlin_moe_gemm(
     epilogue: str = "none",
     reduction: str = "fp32",
     max_sms: int = 0,
+    slots: int = 1,
 ) -> torch.Tensor:
     """Every row of x times the matrices of its experts, in the Marlin layout.
 
@@ -168,11 +171,16 @@ def marlin_moe_gemm(
     until one rounding. How a routed block uses it:
 
     - gate and up: x is hidden `[T, H]`, top_k is K and p = t*K + j, the pair ids of `moe_align_block_size`;
-    - down: x is what the first product gave, `[P, I]`, with top_k 1, the same ids, and topk_weights;
+    - down: x is what the first product gave, `[P, I]`, with top_k 1, the same ids, and topk_weights; with slots K, the
+      result is the block's;
     - rows gathered beforehand (`pair_ids=False`): x is `[P, ...]` in packed order, top_k is 1.
 
     A row is zero when no block names it, or only a block without an expert: pairs of other ranks, which
-    `moe_align_block_size` leaves out, add nothing to a sum over slots.
+    `moe_align_block_size` leaves out, add nothing to a sum over slots, whatever their weight.
+
+    With slots S, row t of the result is the sum of rows t*S to t*S + S - 1, added in this order in fp32 before the one
+    rounding. On CUDA the last block to finish columns of the product does it: worth it where rows are few, as it has
+    float32 sums of all rows written and read.
 
     Args:
         x: `[M, K]`, float16 or bfloat16 (the reference takes any floating dtype), contiguous in the last dimension.
@@ -188,7 +196,8 @@ def marlin_moe_gemm(
             none: its rows are zero.
         total_post_pad: int32 `[1]`: entries of sorted_token_ids from here on are not looked at, nor their blocks.
         topk_weights: float32 with P elements in any shape, contiguous. None: no product with the router's weight.
-        workspace: int32, from `marlin_workspace`; zero before the call and after it.
+        workspace: int32, from `marlin_workspace`; zero before the call and after it. Sums over slots need a counter for
+            every 64 columns of the product (CUDA).
         top_k: rows of the result per row of x, at least 1.
         block_size: 8, 16, 32, 48, 64 or 128, the one given to `moe_align_block_size`.
         out_features: columns of the result.
@@ -199,9 +208,10 @@ def marlin_moe_gemm(
             and the result is `silu(gate) * up`.
         reduction: see `marlin_gemm`.
         max_sms: see `marlin_gemm`.
+        slots: rows of the product that are added up to one of the result: a divisor of P, from 1 to 1024.
 
     Returns:
-        `[M * top_k, out_features]`, contiguous, of x's dtype.
+        `[M * top_k / slots, out_features]`, contiguous, of x's dtype.
 
     Raises ValueError for sizes, shapes, dtypes or strides that do not fit, and on the CPU for a perm with an entry
     outside `[-1, K)`; on another device such an entry makes a padding row. RuntimeError when x, bias or topk_weights
@@ -228,6 +238,7 @@ def marlin_moe_gemm(
         epilogue,
         reduction,
         max_sms,
+        slots,
     )
 
 
@@ -258,6 +269,7 @@ def marlin_moe_gemm_ref(
     epilogue: str,
     reduction: str,
     max_sms: int,
+    slots: int,
 ) -> torch.Tensor:
     """Computes in float64 when x is. Expert by expert; the host waits for the device."""
     op = "marlin_moe_gemm"
@@ -270,6 +282,9 @@ def marlin_moe_gemm_ref(
         op, x, packed, scales, zeros, perm, workspace, columns, group_size, bits, reduction, max_sms, tuple(experts)
     )
     check_bias(op, bias, (*experts, columns))
+    if not 1 <= slots <= MAX_SLOTS or rows % slots:
+        expected = f"a divisor of {rows} rows, from 1 to {MAX_SLOTS}"
+        raise ValueError(f"[{op}] slots: expected {expected}, got {slots}")
     check_blocks(op, rows, sorted_token_ids, block_ids, total_post_pad, topk_weights, block_size)
     compute = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(rows, out_features, dtype=compute, device=x.device)
@@ -293,7 +308,10 @@ def marlin_moe_gemm_ref(
         if topk_weights is not None:
             product = product * topk_weights.flatten()[mine].to(compute).unsqueeze(-1)
         out[mine] = product
-    return out.to(x.dtype)
+    total, *others = out.view(rows // slots, slots, out_features).unbind(1)
+    for slot in others:
+        total = total + slot
+    return total.to(x.dtype)
 
 
 def marlin_moe_gemm_fake(
@@ -311,40 +329,24 @@ def marlin_moe_gemm_fake(
     top_k: int,
     block_size: int,
     out_features: int,
-    *_: Any,
+    *rest: Any,
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0] * top_k, out_features))
-
-
-def random_marlin_experts(
-    num_experts: int,
-    in_features: int,
-    out_features: int,
-    group_size: int,
-    bits: int,
-    device: str,
-    *,
-    asymmetric: bool = False,
-    act_order: bool = False,
-) -> tuple[torch.Tensor | None, ...]:
-    """Random `(packed, scales, zeros, perm)` of a stack, for tests and benchmarks; every expert has its own order."""
-    matrices = [
-        random_marlin(in_features, out_features, group_size, bits, device, asymmetric=asymmetric, act_order=act_order)
-        for _ in range(num_experts)
-    ]
-    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*matrices))
+    slots = rest[-1]
+    return x.new_empty((x.shape[0] * top_k // slots, out_features))
 
 
 def marlin_moe_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    workspace = marlin_workspace(device)
+    workspace = torch.zeros(16, dtype=torch.int32, device=device)
     cases = (
-        # T, top-k, E, K, out, group size, bits, block size, asymmetric, act-order, epilogue
-        (5, 3, 4, 64, 128, 32, 4, 8, True, False, "none"),
-        (7, 2, 4, 48, 32, -1, 4, 16, False, True, "silu_mul"),
-        (33, 1, 2, 32, 64, 16, 8, 32, True, True, "none"),
-        (0, 2, 3, 32, 64, 16, 4, 48, False, False, "none"),
+        # (T, top-k, E, K, out), (group size, bits, block size), asymmetric, act-order, epilogue, slots
+        ((5, 3, 4, 64, 128), (32, 4, 8), True, False, "none", 1),
+        ((7, 2, 4, 48, 32), (-1, 4, 16), False, True, "silu_mul", 1),
+        ((33, 1, 2, 32, 64), (16, 8, 32), True, True, "none", 1),
+        ((0, 2, 3, 32, 64), (16, 4, 48), False, False, "none", 2),
+        ((6, 2, 4, 64, 128), (32, 4, 8), False, True, "none", 2),
     )
-    for tokens, top_k, experts, width, out, group_size, bits, block_size, asymmetric, act_order, epilogue in cases:
+    for (tokens, top_k, experts, width, out), shape, asymmetric, act_order, epilogue, slots in cases:
+        group_size, bits, block_size = shape
         columns = product_columns(out, epilogue)
         stack = random_marlin_experts(
             experts, width, columns, group_size, bits, device, asymmetric=asymmetric, act_order=act_order
@@ -354,8 +356,8 @@ def marlin_moe_gemm_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[An
         x = torch.randn(tokens, width, device=device, dtype=dtype)
         bias = torch.randn(experts, columns, device=device, dtype=dtype) if asymmetric else None
         weights = torch.rand(tokens, top_k, device=device) if act_order else None
-        shape = (top_k, block_size, out, group_size, bits)
-        yield x, *stack, bias, *blocks, weights, workspace, *shape, epilogue, "fp32", 0
+        sizes = (top_k, block_size, out, group_size, bits)
+        yield x, *stack, bias, *blocks, weights, workspace, *sizes, epilogue, "fp32", 0, slots
 
 
 def check_gptq_moe_gemm(

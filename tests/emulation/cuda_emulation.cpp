@@ -47,7 +47,7 @@ void check_limits(const char* name, dim3 grid, size_t shared_bytes) {
 
 }  // namespace
 
-void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
+void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool early, std::function<void()> kernel) {
   check_limits(name, grid, shared_bytes);
   anchor = 0;
   Region region;
@@ -62,6 +62,7 @@ void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std:
        32,
        region.begin,
        region.bytes,
+       early,
        std::move(kernel)});
 }
 

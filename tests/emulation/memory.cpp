@@ -26,7 +26,7 @@ auto& all = *new std::set<const Guarded*>;
 class GuardedAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t size) override {
-    auto* const memory = size == 0 ? nullptr : new Guarded("a tensor", size, side);
+    auto* const memory = size == 0 ? nullptr : new Guarded("a tensor", size, side, /*is_tensor=*/true);
     const auto release = [](void* context) { delete static_cast<Guarded*>(context); };
     return {size == 0 ? nullptr : memory->begin, memory, release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -37,7 +37,8 @@ class GuardedAllocator final : public c10::Allocator {
 
 }  // namespace
 
-Guarded::Guarded(std::string name, size_t bytes, Side side) : name_(std::move(name)) {
+Guarded::Guarded(std::string name, size_t bytes, Side side, bool is_tensor)
+    : name_(std::move(name)), is_tensor_(is_tensor) {
   const size_t size = round_up(bytes, kPage);
   void* const mapped =
       mmap(nullptr, size + 2 * kGuardBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -62,6 +63,12 @@ Guarded::~Guarded() {
 
 bool Guarded::is_near(const void* address) const {
   return address >= pages_ - kGuardBytes && address < pages_end_ + kGuardBytes;
+}
+
+bool Guarded::is_beside(const void* address) const { return is_near(address) && (address < begin || address >= end); }
+
+void Guarded::allow(bool allowed) const {
+  mprotect(pages_, pages_end_ - pages_, allowed ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
 std::string Guarded::place(const void* address) const {
@@ -90,6 +97,20 @@ std::string describe_address(const void* address) {
   char text[40];
   snprintf(text, sizeof(text), "%p, in no tensor", address);
   return text;
+}
+
+void allow_tensors(bool allowed) {
+  const std::lock_guard hold(lock);
+  for (const Guarded* memory : all) {
+    if (memory->is_tensor()) {
+      memory->allow(allowed);
+    }
+  }
+}
+
+bool is_beside(const void* address) {
+  const std::lock_guard hold(lock);
+  return std::any_of(all.begin(), all.end(), [=](const Guarded* memory) { return memory->is_beside(address); });
 }
 
 std::string find_overrun() {

@@ -47,6 +47,7 @@ struct Thread {
   unsigned number;  // the index, linear
   const Collective* waits_in;
   void* operand;
+  bool waited;                                // for the launch before this one
   std::deque<std::vector<AsyncCopy>> copies;  // in groups, the last of which is not committed yet
 };
 
@@ -60,6 +61,7 @@ struct Machine {
   Fiber scheduler;
   std::optional<Guarded> shared;
   std::optional<std::string> failure;
+  bool previous_runs = false;  // the launch before this one, which may be writing any tensor
   uint64_t idle_yields = 0;
   Schedule schedule = Schedule::forward;
   unsigned seed = 0;
@@ -146,7 +148,8 @@ class FaultTrap {
     if (machine.current->stack.is_near(info->si_addr)) {
       fail("stack overflow: the locals of a thread need more than " + std::to_string(kStackBytes) + " bytes");
     }
-    fail("access out of bounds: " + describe_address(info->si_addr));
+    fail((machine.previous_runs ? "access before the wait for the previous launch: " : "access out of bounds: ") +
+         describe_address(info->si_addr));
   }
 
   std::vector<char> stack_;
@@ -214,6 +217,9 @@ void meet(Group& group, const Mask& mask, const Meeting& meeting) {
 
 void exit_thread() {
   machine.idle_yields = 0;
+  if (machine.launch->early && !machine.current->waited) {
+    fail("exited without a wait for the previous launch");
+  }
   for (Group* group : {&machine.block, &warp_of(*machine.current)}) {
     group->live.reset(machine.current->number - group->first);
   }
@@ -250,6 +256,7 @@ void start_block() {
   std::for_each(machine.warps.begin(), machine.warps.end(), start);
   for (Thread& thread : machine.threads) {
     thread.waits_in = nullptr;
+    thread.waited = false;
     thread.copies.assign(1, {});
   }
   std::memset(machine.shared->begin, kPoison, machine.shared->end - machine.shared->begin);
@@ -290,8 +297,32 @@ std::vector<size_t> order_of(size_t count) {
   return order;
 }
 
+// Tensors are out of reach while it lives and the launch before this one is taken to run.
+class PreviousLaunch {
+ public:
+  PreviousLaunch() {
+    const Schedule s = machine.schedule;
+    if (machine.launch->early && (s == Schedule::forward || (s == Schedule::random && coin()))) {
+      set(true);
+    }
+  }
+  ~PreviousLaunch() { end(); }
+  static void end() {
+    if (machine.previous_runs) {
+      set(false);
+    }
+  }
+
+ private:
+  static void set(bool runs) {
+    allow_tensors(!runs);
+    machine.previous_runs = runs;
+  }
+};
+
 void run_block() {
   start_block();
+  const PreviousLaunch previous;
   const bool random = machine.schedule == Schedule::random;
   std::vector<size_t> warps = order_of(machine.warps.size()), lanes = order_of(machine.launch->warp_size);
   while (machine.block.live.any()) {
@@ -408,6 +439,33 @@ void maybe_yield() {
 }
 
 void meet_block(const Meeting& meeting) { meet(machine.block, ~Mask(), meeting); }
+
+void wait_for_previous_grid() {
+  machine.current->waited = true;
+  if (machine.previous_runs) {
+    meet_block(
+        {"the wait for the previous launch", Site::here(), nullptr, [](void* const*) { PreviousLaunch::end(); }});
+  }
+}
+
+void prefetch(const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    fail("prefetch: expected whole pieces of 16 bytes");
+  }
+  const auto* const first = static_cast<const unsigned char*>(from);
+  if (bytes > 0 && (is_beside(first) || is_beside(first + bytes - 1))) {
+    fail("prefetch out of bounds: " + describe_address(is_beside(first) ? first : first + bytes - 1));
+  }
+}
+
+int32_t guess(const int32_t* from) {
+  if (is_beside(from)) {
+    fail("access out of bounds: " + describe_address(from));
+  }
+  return machine.schedule == Schedule::forward   ? static_cast<int32_t>(machine.index.x % 8)
+         : machine.schedule == Schedule::reverse ? kPoison
+                                                 : static_cast<int32_t>(machine.random() >> machine.random() % 32);
+}
 
 void meet_lanes(uint64_t mask, const Meeting& meeting) {
   if ((mask >> this_lane() & 1) == 0) {

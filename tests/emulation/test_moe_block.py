@@ -47,6 +47,14 @@ def test_fused(block, settings, tokens):
     assert config.path == ("pairs" if tokens == 1 else "blocks")
 
 
+@pytest.mark.parametrize("tokens, launches", [(1, 2), (2, 3), (16, 3), (17, 4)])
+def test_launches_after_the_router(block, emulated, tokens, launches):
+    """Sorting, but for one token; gate and up; down, which sums the slots of few tokens."""
+    inputs, before = random_inputs(BLOCK, tokens, "cpu"), emulated.launches()
+    block.fused(*inputs)
+    assert emulated.launches() - before == launches
+
+
 @pytest.mark.parametrize("host_route", [False, True])
 def test_bucketed_on_lanes(block, host_route):
     weights, inputs = replace(block, host_route=host_route), random_inputs(BLOCK, 21, "cpu")

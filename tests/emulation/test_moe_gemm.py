@@ -17,10 +17,10 @@ def routed(tokens, top_k, experts, block_size):
 
 
 def run(kernel, x, stack, blocks, top_k, block_size, out, group_size, bits=4, *, bias=None, weights=None,
-        epilogue="none", counters=0, max_sms=0):  # fmt: skip
+        epilogue="none", counters=0, max_sms=0, slots=1):  # fmt: skip
     """The result, as good as the reference's in float64."""
     workspace = torch.zeros(counters, dtype=torch.int32)
-    shape = (top_k, block_size, out, group_size, bits, epilogue, "fp32", max_sms)
+    shape = (top_k, block_size, out, group_size, bits, epilogue, "fp32", max_sms, slots)
     args = (*stack, bias, *blocks, weights, workspace, *shape)
     got, left = kernel("marlin_moe_gemm", x, *args)
     expected = ferrum_ops.OPS["marlin_moe_gemm"].ref(x.double(), *args)
@@ -61,6 +61,73 @@ def test_a_routed_expert_block(kernel):
     x = torch.randn(tokens, hidden).half()
     middle = run(kernel, x, w13, blocks, top_k, 8, width, 32, epilogue="silu_mul")
     run(kernel, middle, w2, blocks, 1, 8, hidden, 16, weights=weights)
+
+
+@pytest.mark.parametrize("bits, dtype", [(4, torch.bfloat16), (8, torch.float16)])
+@pytest.mark.parametrize(
+    "tokens, top_k, block_size, out, options",
+    [
+        (1, 8, 8, 128, {}),
+        (16, 8, 8, 104, {}),
+        (9, 3, 16, 101, {}),
+        (7, 2, 32, 70, {"counters": 64}),  # K is split as well
+        (6, 9, 8, 64, {"max_sms": 1}),
+        (5, 4, 128, 39, {"epilogue": "silu_mul"}),
+    ],
+    ids=str,
+)
+def test_sums_over_slots(kernel, tokens, top_k, block_size, out, options, bits, dtype):
+    """The router's weight and the sum in float32, of every routing's pairs that have an expert here."""
+    stack = random_marlin_experts(5, 528, 128, 48, bits, "cpu", asymmetric=True)
+    x, weights = (0.05 * torch.randn(tokens * top_k, 528)).to(dtype), torch.rand(tokens, top_k)
+    blocks = routed(tokens, top_k, 5, block_size)
+    options = {
+        "counters": 2,
+        "weights": weights,
+        "bias": torch.randn(5, 80 if options.get("epilogue") else out),
+    } | options
+    run(kernel, x, stack, blocks, 1, block_size, out, 48, bits, slots=top_k, **options)
+
+
+def test_sums_over_slots_of_many_tokens(kernel):
+    """More rows than a block of threads looks for at a time; tokens of no expert here; a weight that counts nowhere."""
+    stack = random_marlin_experts(2, 16, 64, 16, 4, "cpu")
+    ids = torch.full((700, 3), -1).int()
+    ids[::40, 1], ids[5, 2], weights = 1, 0, torch.rand(700, 3)
+    weights[0, 0] = torch.nan
+    blocks = moe_align_block_size_ref(ids, 2, 8, True, None)
+    out = run(kernel, torch.randn(2100, 16).half(), stack, blocks, 1, 8, 3, 16, weights=weights, counters=1, slots=3)
+    assert (out != 0).any(1).sum() == 19
+
+
+def test_sums_over_slots_that_nothing_names(kernel):
+    stack = random_marlin_experts(2, 32, 64, 16, 4, "cpu")
+    for entries, used in ((0, 0), (8, 0), (8, -3)):
+        blocks = (torch.zeros(entries).int(), torch.zeros(entries // 8).int(), torch.tensor([used]).int())
+        out = run(kernel, torch.randn(6, 32).half(), stack, blocks, 1, 8, 64, 16, counters=1, slots=3)
+        assert out.shape == (2, 64) and (out == 0).all()
+
+
+def test_sums_over_slots_have_one_order(emulated):
+    """Whichever block is the last, and however K and tiles are spread over blocks."""
+    stack, blocks = random_marlin_experts(4, 512, 128, 64, 4, "cpu"), routed(9, 4, 4, 8)
+    x, outs = torch.randn(36, 512).half(), []
+    for schedule in ("forward", "reverse", "random"):
+        for max_sms in (0, 1, 3):
+            workspace = torch.zeros(2, dtype=torch.int32)
+            with emulated.schedule(schedule, seed=7):
+                shape = (1, 8, 128, 64, 4, "none", "fp32", max_sms, 4)
+                outs.append(emulated.op("marlin_moe_gemm")(x, *stack, None, *blocks, None, workspace, *shape))
+    assert all(torch.equal(outs[0], out) for out in outs)
+
+
+def test_sums_over_slots_need_counters(emulated):
+    arguments = {**good_grouped(), "epilogue": "none", "reduction": "fp32", "max_sms": 0, "slots": 2}
+    arguments |= {"x": torch.zeros(4, 32).half(), "workspace": torch.zeros(0, dtype=torch.int32)}
+    with pytest.raises(
+        RuntimeError, match=r"\[marlin_moe_gemm\] workspace: expected at least 1 counters for sums over"
+    ):
+        emulated.op("marlin_moe_gemm")(**arguments)
 
 
 def test_entries_and_blocks_out_of_range_are_padding(kernel):
@@ -118,7 +185,7 @@ def test_no_rows_and_no_experts(kernel):
 
 @pytest.mark.parametrize("change, message", REFUSED_GROUPED)
 def test_bad_input_is_named(emulated, change, message):
-    arguments = {**good_grouped(), "epilogue": "none", "reduction": "fp32", "max_sms": 0, **change}
+    arguments = {**good_grouped(), "epilogue": "none", "reduction": "fp32", "max_sms": 0, "slots": 1, **change}
     for name, value in arguments.items():
         if name == "x" and value.dtype == torch.float32:
             arguments[name] = value.half()

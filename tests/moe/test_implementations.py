@@ -267,11 +267,16 @@ class TestFusedConfig:
         "tokens, block", [(0, 8), (2, 8), (8, 8), (64, 8), (65, 16), (128, 16), (193, 32), (512, 32), (769, 64)]
     )
     def test_blocks_hold_the_rows_of_an_expert(self, tokens, block):
-        assert self.pick(tokens) == FusedConfig("blocks", block)
+        assert self.pick(tokens) == FusedConfig("blocks", block, sum_in_down=0 < tokens <= 16)
+
+    @pytest.mark.parametrize("tokens", [1, 2, 16, 17])
+    def test_down_sums_the_slots_of_few_tokens(self, tokens):
+        assert self.pick(tokens).sum_in_down == self.pick(tokens, override=16).sum_in_down == (tokens < 17)
+        assert not pick_fused_config(tokens, 1025, 2048, torch.bfloat16).sum_in_down
 
     def test_one_token_needs_no_sorting(self):
-        assert self.pick(1) == FusedConfig("pairs", 8)
-        assert self.pick(1, override=16) == FusedConfig("pairs", 16)
+        assert self.pick(1) == FusedConfig("pairs", 8, sum_in_down=True)
+        assert self.pick(1, override=16) == FusedConfig("pairs", 16, sum_in_down=True)
 
     def test_block_sizes_are_those_of_the_policy(self):
         assert self.pick(512, override=48) == FusedConfig("blocks", 48)

@@ -458,6 +458,9 @@ REFUSED_GROUPED = [
     ({"topk_weights": torch.ones(5, 1)}, "topk_weights: expected contiguous float32 with 4 elements"),
     ({"topk_weights": torch.ones(4, 1).half()}, "topk_weights: expected contiguous float32"),
     ({"workspace": torch.zeros(0)}, "workspace: expected int32"),
+    ({"slots": 3}, "slots: expected a divisor of 4 rows, from 1 to 1024, got 3"),
+    ({"slots": 0}, "slots: expected a divisor of 4 rows"),
+    ({"x": torch.zeros(2048, 32), "slots": 2048}, "slots: expected a divisor of 2048 rows, from 1 to 1024"),
 ]
 
 

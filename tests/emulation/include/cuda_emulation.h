@@ -39,13 +39,13 @@ constexpr int warpSize = 32;
 
 namespace ferrum::emulation {
 
-void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel);
+void run_cuda(const char* name, dim3 grid, dim3 block, size_t shared_bytes, bool early, std::function<void()> kernel);
 
-// What <<<grid, block, shared_bytes>>> does, at once.
+// What <<<grid, block, shared_bytes>>> does, at once; early: with programmatic stream serialization.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, bool early,
             Arguments&&... arguments) {
-  run_cuda(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+  run_cuda(name, grid, block, shared_bytes, early, [&] { kernel(arguments...); });
 }
 
 // What all threads of a block get: in how many of them `predicate` holds.

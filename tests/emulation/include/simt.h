@@ -31,6 +31,7 @@ struct Launch {
   unsigned warp_size;   // at most 64
   void* static_shared;  // poisoned before every block, as the dynamic one
   size_t static_shared_bytes;
+  bool early;  // may start before the launch before it is done, and waits for it
   std::function<void()> kernel;
 };
 
@@ -86,5 +87,14 @@ struct AsyncCopy {
 void issue_copy(const AsyncCopy& copy);
 void commit_copies();
 void wait_for_copies(size_t groups_in_flight);
+
+// ---- an early launch. The launch before it is done from the start (reverse order), or when all threads of a block
+// wait (forward), until when no tensor may be touched; or one of the two by chance (random). Every thread waits.
+void wait_for_previous_grid();
+
+// A hint to bring memory nearer: that of a tensor, whole pieces of 16 bytes.
+void prefetch(const void* from, size_t bytes);
+// What a read beside its writer may give: anything.
+int32_t guess(const int32_t* from);
 
 }  // namespace ferrum::emulation
