@@ -36,6 +36,7 @@ from ferrum_ops.ops.moe_routing import (
     moe_build_pairs_by_token,
     moe_compute_ids_tpe,
     route_topk_softmax,
+    router_topk_softmax,
 )
 from ferrum_ops.ops.norm import fused_add_rms_norm, fused_add_rms_norm_, rms_norm
 from ferrum_ops.ops.rope import qk_norm_rope, split_qkv_norm_rope, split_qkv_norm_rope_paged_
@@ -92,6 +93,7 @@ __all__ = [
     "repetition_penalty_",
     "rms_norm",
     "route_topk_softmax",
+    "router_topk_softmax",
     "scaled_add_",
     "silu_mul",
     "silu_mul_out",

@@ -278,6 +278,7 @@ qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? posi
 repetition_penalty_(Tensor(a!) logits, Tensor ids, Tensor offsets, Tensor penalty) -> ()
 rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
 route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)
+router_topk_softmax(Tensor x, Tensor weight, int top_k, bool renormalize) -> (Tensor, Tensor, Tensor)
 scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()
 silu_mul(Tensor gate_up) -> Tensor
 silu_mul.gate_up(Tensor gate, Tensor up) -> Tensor

@@ -10,7 +10,7 @@ import torch
 from ferrum_ops.ops.moe_routing import align_capacity
 from ferrum_ops.testing.timing import Case, bytes_of, main
 
-EXPERTS, TOP_K = 128, 8
+HIDDEN, EXPERTS, TOP_K = 2048, 128, 8
 BLOCK_SIZE = 16
 OUT_FEATURES = (1536, 2048)
 TOKENS = (1, 8, 128, 512)
@@ -21,11 +21,16 @@ def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKE
         logits = torch.randn(tokens, EXPERTS).to(dtype)
         ids = logits.float().topk(TOP_K, -1).indices.int()
         pairs = ids.numel()
+        x, weight = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(EXPERTS, HIDDEN).to(dtype)
         label = f"T={tokens} E={EXPERTS} K={TOP_K}"
 
         def route(logits=logits):
             weights, selected = logits.softmax(-1, dtype=torch.float32).topk(TOP_K, -1)
             return selected.int(), weights / weights.sum(-1, keepdim=True)
+
+        def router(x=x, weight=weight, route=route):
+            logits = torch.nn.functional.linear(x, weight)
+            return logits, *route(logits)
 
         def build(ids=ids):
             flat = ids.flatten()
@@ -34,6 +39,13 @@ def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKE
             return order.argsort().int(), (order // TOP_K).int(), offsets.int()
 
         yield Case("route_topk_softmax", label, (logits, TOP_K, True), bytes_of(logits) + 8 * pairs, route)
+        yield Case(
+            "router_topk_softmax",
+            f"{label} H={HIDDEN}",
+            (x, weight, TOP_K, True),
+            bytes_of(x, weight, logits) + 8 * pairs,
+            router,
+        )
         yield Case("moe_build_pairs_by_token", label, (ids, EXPERTS), 4 * (3 * pairs + EXPERTS + 1), build)
         yield Case("moe_compute_ids_tpe", label, (ids, EXPERTS, OUT_FEATURES), 4 * (pairs * (1 + EXPERTS) + EXPERTS))
         yield Case(

@@ -28,6 +28,29 @@ inline RouteArguments check_route(const Tensor& logits, int64_t top_k) {
   return {logits.size(0), num_experts, top_k, logits.stride(0), dtype};
 }
 
+struct RouterArguments {
+  int64_t tokens, num_experts, hidden_size, x_stride;
+  Dtype dtype;
+};
+
+inline RouterArguments check_router(const Tensor& x, const Tensor& weight, int64_t top_k) {
+  const char* op = "router_topk_softmax";
+  const Dtype dtype = activation_dtype(op, "x", x);
+  FERRUM_CHECK(x.dim() == 2, op, "x", "expected shape (tokens, hidden), got ", shape_string(x));
+  check_last_contiguous(op, "x", x);
+  FERRUM_CHECK(weight.dim() == 2 && weight.size(0) <= kMaxExperts, op, "weight",
+               "expected shape (experts, hidden) with at most ", kMaxExperts, " experts, got ", shape_string(weight));
+  FERRUM_CHECK(weight.scalar_type() == x.scalar_type(), op, "weight", "expected ",
+               torch::headeronly::toString(x.scalar_type()), ", got ",
+               torch::headeronly::toString(weight.scalar_type()));
+  check_shape(op, "weight", weight, {-1, x.size(1)});
+  check_contiguous(op, "weight", weight);
+  const int64_t num_experts = weight.size(0);
+  FERRUM_CHECK(top_k >= 1 && top_k <= num_experts, op, "top_k", "expected 1 <= top_k <= ", num_experts, ", got ",
+               top_k);
+  return {x.size(0), num_experts, x.size(1), x.stride(0), dtype};
+}
+
 inline void check_topk_ids(const char* op, const Tensor& topk_ids, int64_t num_experts) {
   check_dtype(op, "topk_ids", topk_ids, ScalarType::Int);
   FERRUM_CHECK(topk_ids.dim() == 2, op, "topk_ids", "expected shape (tokens, top_k), got ", shape_string(topk_ids));

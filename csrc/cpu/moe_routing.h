@@ -17,6 +17,20 @@ struct RouteRows {
   bool renormalize;
 };
 
-FERRUM_DECLARE_LEVELS(void route_tokens(const RouteRows& rows, int64_t begin, int64_t end);)
+// x [tokens, hidden_size] with a row stride in elements, weight [num_experts, hidden_size] and logits
+// [tokens, num_experts], both contiguous and of x's type.
+struct RouterProduct {
+  const void* x;
+  const void* weight;
+  void* logits;
+  int64_t x_stride, hidden_size, num_experts;
+  Dtype dtype;
+};
+
+constexpr int64_t kRouterExperts = 8;  // of one task: as many rows of the weight are read side by side
+
+FERRUM_DECLARE_LEVELS(void route_tokens(const RouteRows& rows, int64_t begin, int64_t end);
+                      // Logits of the tokens [begin, end) for the experts [first, first + kRouterExperts).
+                      void router_logits(const RouterProduct& product, int64_t begin, int64_t end, int64_t first);)
 
 }  // namespace ferrum::cpu

@@ -1,4 +1,4 @@
-// Softmax over the experts and the largest top_k of them.
+// Router logits; softmax over the experts and the largest top_k of them.
 #include "cpu/moe_routing.h"
 
 namespace ferrum::cpu::FERRUM_LEVEL {
@@ -68,7 +68,67 @@ void route_token(const RouteRows& rows, int64_t token) {
   }
 }
 
+// The logits of kTokens tokens for kExperts experts. Every sum is a chain of its own over the channels in order,
+// whatever the tile, so that a token's logits do not depend on its neighbours. The rows of the next task are fetched
+// meanwhile: a row is a page, and the processor's own prefetching stops at its end.
+template <int kTokens, int kExperts, typename T>
+void router_tile(const RouterProduct& p, int64_t token, int64_t expert) {
+  const T* x = static_cast<const T*>(p.x) + token * p.x_stride;
+  const T* weight = static_cast<const T*>(p.weight) + expert * p.hidden_size;
+  Vec sums[kTokens][kExperts];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int e = 0; e < kExperts; ++e) {
+      sums[t][e] = broadcast(0.0f);
+    }
+  }
+  for_vectors(p.hidden_size, [&](int64_t i, int64_t count) {
+    Vec values[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      values[t] = load_some(x + t * p.x_stride + i, count);
+    }
+    for (int e = 0; e < kExperts; ++e) {
+      const T* row = weight + e * p.hidden_size + i;
+      __builtin_prefetch(row + kRouterExperts * p.hidden_size);
+      const Vec factor = load_some(row, count);
+      for (int t = 0; t < kTokens; ++t) {
+        sums[t][e] = fma(values[t], factor, sums[t][e]);
+      }
+    }
+  });
+  for (int t = 0; t < kTokens; ++t) {
+    T* logits = static_cast<T*>(p.logits) + (token + t) * p.num_experts + expert;
+    for (int e = 0; e < kExperts; ++e) {
+      store(logits + e, broadcast(reduce_add(sums[t][e])), 1);
+    }
+  }
+}
+
+template <int kTokens, int kExperts, typename T>
+void router_tokens(const RouterProduct& p, int64_t token, int64_t first, int64_t last) {
+  int64_t expert = first;
+  for (; expert + kExperts <= last; expert += kExperts) {
+    router_tile<kTokens, kExperts, T>(p, token, expert);
+  }
+  for (; expert < last; ++expert) {
+    router_tile<kTokens, 1, T>(p, token, expert);
+  }
+}
+
 }  // namespace
+
+void router_logits(const RouterProduct& p, int64_t begin, int64_t end, int64_t first) {
+  const int64_t last = smaller(first + kRouterExperts, p.num_experts);
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    int64_t token = begin;
+    for (; token + 4 <= end; token += 4) {
+      router_tokens<4, 4, T>(p, token, first, last);
+    }
+    for (; token < end; ++token) {
+      router_tokens<1, kRouterExperts, T>(p, token, first, last);
+    }
+  });
+}
 
 void route_tokens(const RouteRows& rows, int64_t begin, int64_t end) {
   with_type(rows.dtype, [&](auto t) {

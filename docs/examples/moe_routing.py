@@ -8,6 +8,10 @@ ids, weights = ferrum_ops.route_topk_softmax(logits, top_k=2)
 print(ids.tolist())  # [[1, 2], [0, 1]]
 print(weights.sum(-1).tolist())  # [1.0, 1.0]
 
+# The same from hidden states: a router whose weight is the identity has them as logits.
+_, router_ids, _ = ferrum_ops.router_topk_softmax(logits, torch.eye(4), top_k=2)
+print(router_ids.tolist())  # [[1, 2], [0, 1]]
+
 # Pair t*2 + j is slot j of token t. Expert 0 owns packed row 0, expert 1 rows 1 and 2, expert 2 row 3, expert 3 none.
 pairs_by_token, packed_token_idx, expert_offsets = ferrum_ops.moe_build_pairs_by_token(ids, num_experts=4)
 print(expert_offsets.tolist())  # [0, 1, 3, 4, 4]

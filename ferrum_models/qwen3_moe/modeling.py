@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, Qwen3MoeConfig
 from transformers import Qwen3MoeForCausalLM as HfQwen3MoeForCausalLM
@@ -136,8 +135,9 @@ class Router(hf.Qwen3MoeTopKRouter):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with phase("route"):
-            logits = F.linear(hidden_states, self.weight)
-            ids, weights = ferrum_ops.route_topk_softmax(logits, self.top_k, self.norm_topk_prob)
+            logits, ids, weights = ferrum_ops.router_topk_softmax(
+                hidden_states, self.weight, self.top_k, self.norm_topk_prob
+            )
         return logits, weights, ids
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ferrum_ops._checks import check_activation, check_shape, compute_dtype, expect
-from ferrum_ops._library import refuse_grad, register
+from ferrum_ops._library import refuse_grad, register, register_kernel
 from ferrum_ops.formats.marlin import describe
 
 MAX_EXPERTS = 1024
@@ -91,6 +91,88 @@ def route_topk_softmax_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple
     odd[5, 1:38] = -torch.inf
     yield odd, 8, True
     yield odd, 8, False
+
+
+def router_topk_softmax(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, renormalize: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The router of a layer: `logits = x @ weight.T`, and what `route_topk_softmax` makes of them.
+
+    Logits are summed in float32 and rounded once to x's dtype; the rounded ones are routed. On a CPU a token's results
+    have the same bits for any number of threads and whatever else is in the batch.
+
+    Args:
+        x: `[T, H]`, float32, float16 or bfloat16; rows contiguous, any row stride.
+        weight: `[E, H]`, contiguous, of x's dtype, E <= 1024.
+        top_k: K, `1 <= K <= E`.
+        renormalize: `norm_topk_prob` of the Qwen3-MoE configuration.
+
+    Returns:
+        logits `[T, E]` of x's dtype, ids int32 `[T, K]` and weights float32 `[T, K]`.
+
+    Raises:
+        RuntimeError: other dtypes, shapes or strides, K outside `[1, E]`, or x or weight that require grad while
+            autograd is on.
+    """
+    refuse_grad("router_topk_softmax", x, weight)
+    return torch.ops.ferrum.router_topk_softmax(x, weight, top_k, renormalize)
+
+
+def _check_router(x: torch.Tensor, weight: torch.Tensor, top_k: int) -> None:
+    op = "router_topk_softmax"
+    check_activation(op, "x", x)
+    expect(x.dim() == 2, op, "x", "shape (tokens, hidden)", tuple(x.shape))
+    rows = x.numel() == 0 or x.shape[1] == 1 or x.stride(1) == 1
+    expect(rows, op, "x", "a contiguous last dimension", f"strides {tuple(x.stride())}")
+    expect(
+        weight.dim() == 2 and weight.shape[0] <= MAX_EXPERTS,
+        op,
+        "weight",
+        f"shape (experts, hidden) with at most {MAX_EXPERTS} experts",
+        tuple(weight.shape),
+    )
+    expect(weight.dtype == x.dtype, op, "weight", str(x.dtype), weight.dtype)
+    check_shape(op, "weight", weight, (weight.shape[0], x.shape[1]))
+    expect(weight.is_contiguous(), op, "weight", "a contiguous tensor", f"strides {tuple(weight.stride())}")
+    expect(1 <= top_k <= weight.shape[0], op, "top_k", f"1 <= top_k <= {weight.shape[0]}", top_k)
+
+
+def router_topk_softmax_ref(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_router(x, weight, top_k)
+    compute = compute_dtype(x.dtype)
+    logits = (x.to(compute) @ weight.to(compute).T).to(x.dtype)
+    return logits, *route_topk_softmax_ref(logits, top_k, renormalize)
+
+
+def router_topk_softmax_cuda(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The BLAS's product and the routing kernel: at a GPU's rates a product of its own gains nothing."""
+    _check_router(x, weight, top_k)
+    logits = torch.nn.functional.linear(x, weight)
+    return logits, *torch.ops.ferrum.route_topk_softmax(logits, top_k, renormalize)
+
+
+def router_topk_softmax_fake(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_router(x, weight, top_k)
+    logits = x.new_empty((x.shape[0], weight.shape[0]))
+    return logits, *route_topk_softmax_fake(logits, top_k, renormalize)
+
+
+def router_topk_softmax_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    def integers(*shape: int, largest: int = 3) -> torch.Tensor:
+        """Products of these have logits that every dtype holds, so that rounding decides no choice of experts."""
+        return torch.randint(-largest, largest + 1, shape, device=device).to(dtype)
+
+    for tokens, hidden, experts, top_k in (
+        (0, 64, 8, 2), (1, 63, 128, 8), (5, 16, 13, 4), (9, 1, 3, 3), (37, 24, 20, 5), (2, 0, 4, 2)
+    ):  # fmt: skip
+        yield integers(tokens, hidden), integers(experts, hidden, largest=2), top_k, True
+    yield integers(6, 100)[:, 17:49], integers(9, 32, largest=1), 4, False
 
 
 def moe_build_pairs_by_token(
@@ -386,6 +468,13 @@ register(
     fake=route_topk_softmax_fake,
     inputs=route_topk_softmax_inputs,
 )
+register(
+    "router_topk_softmax",
+    ref=router_topk_softmax_ref,
+    fake=router_topk_softmax_fake,
+    inputs=router_topk_softmax_inputs,
+)
+register_kernel("router_topk_softmax", "CUDA", router_topk_softmax_cuda)
 register(
     "moe_build_pairs_by_token",
     ref=moe_build_pairs_by_token_ref,

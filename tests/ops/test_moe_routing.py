@@ -5,7 +5,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 import ferrum_ops
 from ferrum_ops.ops import moe_routing
-from ferrum_ops.testing.compare import assert_close
+from ferrum_ops.testing.compare import assert_close, tolerance
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = torch.ops.ferrum
@@ -121,6 +121,44 @@ def test_route_depends_on_neither_threads_nor_neighbours(isa):
     for result in results:
         for t, first, one in zip(result, results[0], alone):
             assert torch.equal(t, first) and torch.equal(t[200:201], one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_router_is_the_product_and_its_routing(dtype, isa):
+    x, weight = torch.randn(11, 200).to(dtype), (torch.randn(37, 200) / 14).to(dtype)
+    logits, ids, weights = OPS.router_topk_softmax(x, weight, 5, True)
+    assert logits.dtype == dtype
+    assert_close("router_topk_softmax", logits, x.double() @ weight.double().T, tolerance("router_topk_softmax", dtype))
+    for got, expected in zip((ids, weights), OPS.route_topk_softmax(logits, 5, True)):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+def test_router_of_nan_and_infinity(form, isa):
+    router = {"kernel": OPS.router_topk_softmax, "reference": moe_routing.router_topk_softmax_ref}[form]
+    x = torch.ones(3, 20)
+    x[0, 7], x[2, 3] = torch.nan, torch.inf
+    logits, ids, weights = router(x, torch.ones(6, 20), 4, True)
+    assert logits[0].isnan().all() and logits[1].eq(20).all() and logits[2].isposinf().all()
+    assert ids.tolist() == [[0, 1, 2, 3]] * 3 and torch.equal(weights, torch.full((3, 4), 0.25))
+
+
+@pytest.mark.parametrize("experts", [128, 13])
+def test_router_depends_on_neither_threads_nor_neighbours(experts, isa):
+    x, weight = torch.randn(71, 1003), torch.randn(experts, 1003)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(OPS.router_topk_softmax(x, weight, 8, True))
+    finally:
+        torch.set_num_threads(threads)
+    for rows in (slice(70, 71), slice(3, 5), slice(9, 15)):
+        part = OPS.router_topk_softmax(x[rows], weight, 8, True)
+        for result in results:
+            for t, few in zip(result, part):
+                assert torch.equal(t[rows], few)
 
 
 BUILDS = {"kernel": OPS.moe_build_pairs_by_token, "reference": moe_routing.moe_build_pairs_by_token_ref}
@@ -274,6 +312,23 @@ BAD = {
     "logits stride": ("route_topk_softmax", (LOGITS[:, ::2], 2, True), r"logits: expected a contiguous last dim"),
     "top_k 0": ("route_topk_softmax", (LOGITS, 0, True), r"top_k: expected 1 <= top_k <= 16, got 0"),
     "top_k beyond experts": ("route_topk_softmax", (LOGITS, 17, True), r"top_k: expected 1 <= top_k <= 16, got 17"),
+    "x dtype": ("router_topk_softmax", (LOGITS.int(), LOGITS, 1, True), r"x: expected float32, float16 or bfloat16"),
+    "x shape": ("router_topk_softmax", (LOGITS[0], LOGITS, 1, True), r"x: expected shape \(tokens, hidden\), got"),
+    "x stride": ("router_topk_softmax", (LOGITS[:, ::2], LOGITS, 1, True), r"x: expected a contiguous last dim"),
+    "weight dtype": ("router_topk_softmax", (LOGITS, LOGITS.half(), 1, True), r"weight: expected .*[fF]loat"),
+    "weight shape": (
+        "router_topk_softmax",
+        (LOGITS, LOGITS[0], 1, True),
+        r"weight: expected shape \(experts, hidden\)",
+    ),
+    "weight width": ("router_topk_softmax", (LOGITS, LOGITS[:, :9], 1, True), r"weight: expected shape \(.*16\), got"),
+    "weight stride": (
+        "router_topk_softmax",
+        (LOGITS, torch.ones(16, 4).t(), 1, True),
+        r"weight: expected a contiguous tensor",
+    ),
+    "router of 1025": ("router_topk_softmax", (LOGITS, torch.ones(1025, 16), 1, True), r"weight: .*at most 1024 exp"),
+    "router top_k": ("router_topk_softmax", (LOGITS, torch.ones(4, 16), 5, True), r"top_k: expected 1 <= top_k <= 4,"),
     "int64 ids": ("moe_build_pairs_by_token", (IDS.long(), 4), r"topk_ids: expected [iI]nt(32)?, got"),
     "flat ids": ("moe_build_pairs_by_token", (IDS[0], 4), r"topk_ids: expected shape \(tokens, top_k\), got \(2,?\)"),
     "ids stride": ("moe_build_pairs_by_token", (IDS.t(), 4), r"topk_ids: expected a contiguous tensor, got"),
@@ -301,12 +356,16 @@ def test_bad_input_is_named(case, form):
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="has no backward"):
         ferrum_ops.route_topk_softmax(LOGITS.clone().requires_grad_(), 2)
+    for x, weight in ((LOGITS.clone().requires_grad_(), LOGITS), (LOGITS, LOGITS.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match=r"\[router_topk_softmax\] has no backward"):
+            ferrum_ops.router_topk_softmax(x, weight, 1)
 
 
 def test_references_trace_whole():
     ids = random_ids(9, 3, 7)
     for function, args in (
         (moe_routing.route_topk_softmax_ref, (torch.randn(5, 16), 4, True)),
+        (moe_routing.router_topk_softmax_ref, (torch.randn(5, 16), torch.randn(8, 16), 4, True)),
         (moe_routing.moe_build_pairs_by_token_ref, (ids, 7)),
         (moe_routing.moe_align_block_size_ref, (ids, 7, 16, False, torch.arange(7).int())),
         (moe_routing.moe_compute_ids_tpe_ref, (ids, 7, [64, 100])),
