@@ -12,11 +12,23 @@ __device__ inline void find_named_rows(const MarlinRows& rows, int64_t first, in
     named[i] = 0;
   }
   __syncthreads();
-  const int64_t entries = min(rows.entries, static_cast<int64_t>(*rows.used_entries));
-  for (int64_t entry = threadIdx.x; entry < entries; entry += blockDim.x) {
-    const int32_t row = rows.sorted_ids[entry];
-    if (row >= first && row < first + count && rows.names(row, rows.block_ids[entry / rows.block_size])) {
-      named[row - first] = 1;
+  constexpr int kAhead = 8;  // loads under way: all of a list of 1024 entries, of 16 tokens
+  const unsigned entries =
+      static_cast<unsigned>(min(rows.entries, max(static_cast<int64_t>(*rows.used_entries), int64_t{0})));
+#pragma unroll 1
+  for (unsigned start = threadIdx.x; start < entries; start += kAhead * blockDim.x) {
+    int32_t ids[kAhead], experts[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const unsigned entry = start + j * blockDim.x;
+      ids[j] = entry < entries ? rows.sorted_ids[entry] : -1;
+      experts[j] = entry < entries ? rows.block_ids[entry / rows.block_size] : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (ids[j] >= first && ids[j] < first + count && rows.names(ids[j], experts[j])) {
+        named[ids[j] - first] = 1;
+      }
     }
   }
   __syncthreads();

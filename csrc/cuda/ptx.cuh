@@ -41,7 +41,7 @@ __device__ __forceinline__ uint64_t weights_policy(bool read_once) {
   if (read_once) {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
   } else {
-    asm volatile("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;\n" : "=l"(policy));
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
   }
   return policy;
 #else
