@@ -15,6 +15,10 @@ struct GgufWeights {
 
   int64_t row_bytes() const { return in_features / traits->elements * traits->bytes; }
   int64_t tile_bytes() const { return gguf::chunks(in_features) * gguf::tiling_of(traits->type).chunk_bytes(); }
+  // Where row `row` begins, or the tile that begins with it.
+  const uint8_t* at(int64_t row) const {
+    return blocks + (tiled ? row / gguf::kTileRows * tile_bytes() : row * row_bytes());
+  }
   int64_t bytes() const { return tiled ? rows / gguf::kTileRows * tile_bytes() : rows * row_bytes(); }
 };
 
@@ -32,6 +36,7 @@ struct GgufActivations {
 
 // A product of `columns` rows of weights from `first` on with the activations row_ids[0 ... rows). Column c goes to
 // out[row * 64 + c / 16 * tile_stride + c % 16]: with a stride of 32 gate and up alternate. Columns are padded to 16.
+// `next` is where the weights read after these begin, for prefetching, or nullptr.
 struct GgufProduct {
   GgufWeights weights;
   int64_t first, columns;
@@ -39,6 +44,7 @@ struct GgufProduct {
   const int32_t* row_ids;
   int64_t rows;
   int64_t tile_stride;
+  const uint8_t* next;
   float* out;
 };
 

@@ -42,8 +42,9 @@ void prepare(const Linear& p, const GgufRows& activations) {
   });
 }
 
-// One task is a panel of 64 columns for a block of rows.
-void multiply_panel(const Linear& p, const Part& part, int64_t panel_index, int64_t first_row, int64_t rows) {
+// One task is a panel of 64 columns for a block of rows. `next` is where the weights of the task after it begin.
+void multiply_panel(const Linear& p, const Part& part, int64_t panel_index, int64_t first_row, int64_t rows,
+                    const uint8_t* next) {
   alignas(64) float panel[kGgufRowBlock * kGgufPanel];
   int32_t row_ids[kGgufRowBlock];
   for (int64_t r = 0; r < rows; ++r) {
@@ -51,7 +52,7 @@ void multiply_panel(const Linear& p, const Part& part, int64_t panel_index, int6
   }
   const int64_t first = panel_index * kGgufPanel;
   const int64_t columns = std::min(kGgufPanel, part.weights.rows - first);
-  gguf_kernel(p.int8)({part.weights, first, columns, part.activations->view(), row_ids, rows, kGgufTile, panel});
+  gguf_kernel(p.int8)({part.weights, first, columns, part.activations->view(), row_ids, rows, kGgufTile, next, panel});
   const int64_t column = part.column + first;
   const auto from_float = int4_kernels().from_float;
   for (int64_t r = 0; r < rows; ++r) {
@@ -63,25 +64,38 @@ void multiply_panel(const Linear& p, const Part& part, int64_t panel_index, int6
   }
 }
 
+// A panel of one of the parts.
+struct Panel {
+  const Part* part;
+  int64_t index;
+
+  const uint8_t* weights() const { return part->weights.at(index * kGgufPanel); }
+};
+
+Panel find_panel(const std::vector<Part>& parts, int64_t panel) {
+  size_t i = 0;
+  for (; panel >= parts[i].panels; ++i) {
+    panel -= parts[i].panels;
+  }
+  return {&parts[i], panel};
+}
+
 void multiply(const Linear& p, const std::vector<Part>& parts) {
   int64_t panels = 0, bytes = 0;
   for (const Part& part : parts) {
     panels += part.panels;
     bytes += part.weights.bytes();
   }
-  const int64_t row_blocks = (p.rows + kGgufRowBlock - 1) / kGgufRowBlock;
+  const int64_t blocks = (p.rows + kGgufRowBlock - 1) / kGgufRowBlock;
   // A task smaller than about 10 us is not worth waking a thread for.
   const int64_t work = std::max<int64_t>(1, bytes / panels * std::min(p.rows, kGgufRowBlock));
   const int64_t grain = std::max<int64_t>(1, 131072 / work);
-  torch::stable::parallel_for(0, panels * row_blocks, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, panels * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      int64_t panel = task % panels;
-      size_t i = 0;
-      for (; panel >= parts[i].panels; ++i) {
-        panel -= parts[i].panels;
-      }
-      const int64_t block = task / panels, first_row = p.rows * block / row_blocks;  // blocks as equal as can be
-      multiply_panel(p, parts[i], panel, first_row, p.rows * (block + 1) / row_blocks - first_row);
+      const Panel panel = find_panel(parts, task / blocks);
+      const uint8_t* next = task + 1 < end ? find_panel(parts, (task + 1) / blocks).weights() : nullptr;
+      const int64_t block = task % blocks, first_row = p.rows * block / blocks;  // blocks as equal as can be
+      multiply_panel(p, *panel.part, panel.index, first_row, p.rows * (block + 1) / blocks - first_row, next);
     }
   });
 }

@@ -55,12 +55,20 @@ GgufRows prepare(const GgufLayout& layout, const void* values, FloatType type, i
   return rows;
 }
 
-// Calls f(first, rows) for blocks of the rows of active expert a.
+// Calls f(first, rows, whether it is the last) for blocks of the rows of active expert a.
 template <typename F>
 void for_each_row_block(const Routing& routing, int64_t a, const F& f) {
-  for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kGgufRowBlock) {
-    f(row, std::min<int64_t>(kGgufRowBlock, routing.offsets[a + 1] - row));
+  const int64_t end = routing.offsets[a + 1];
+  for (int64_t row = routing.offsets[a]; row < end; row += kGgufRowBlock) {
+    f(row, std::min(kGgufRowBlock, end - row), row + kGgufRowBlock >= end);
   }
+}
+
+// The weights of a task that is a panel of `width` columns of one expert, nullptr behind the last.
+const uint8_t* weights_of_task(const Stack& stack, const Routing& routing, int64_t task, int64_t width) {
+  const int64_t panels = stack.panels(width);
+  return task == routing.num_active() * panels ? nullptr
+                                               : stack.expert(routing.active[task / panels]).at(task % panels * width);
 }
 
 // gguf_moe_linear
@@ -114,13 +122,14 @@ Tensor gguf_moe_linear(const Tensor& x, const Tensor& blocks, int64_t type, cons
   const auto from_float = int4_kernels().from_float;
   char* result = mutable_data<char>(out);
   for_each_task(tasks, run_of(tasks), routing.num_active() * stack.bytes(), torch::stable::get_num_threads(),
-                [&](int64_t, int64_t task, int64_t) {
+                [&](int64_t, int64_t task, int64_t next_task) {
                   alignas(64) float panel[kGgufRowBlock * kGgufPanel];
                   const int64_t a = task / panels, first = task % panels * kGgufPanel;
                   const int64_t columns = std::min(kGgufPanel, out_features - first);
-                  for_each_row_block(routing, a, [&](int64_t row, int64_t count) {
+                  for_each_row_block(routing, a, [&](int64_t row, int64_t count, bool last) {
+                    const uint8_t* next = weights_of_task(stack, routing, last ? next_task : task, kGgufPanel);
                     kernel({stack.expert(routing.active[a]), first, columns, rows.view(), row_ids + row, count,
-                            kGgufTile, panel});
+                            kGgufTile, next, panel});
                     for (int64_t r = 0; r < count; ++r) {
                       const int64_t at = routing.pair[row + r] * out_features + first;
                       from_float(panel + r * kGgufPanel, columns, float_kind, result + at * float_bytes(float_kind));
@@ -150,21 +159,23 @@ void gate_up(const Block& block, const Routing& routing, const GgufRows& gate_ro
   const int64_t width = block.width();
   const int64_t panels = block.gate.panels(kColumns), tasks = routing.num_active() * panels;
   const int64_t bytes = routing.num_active() * (block.gate.bytes() + block.up.bytes());
-  for_each_task(tasks, run_of(tasks), bytes, torch::stable::get_num_threads(), [&](int64_t, int64_t task, int64_t) {
-    alignas(64) float panel[kGgufRowBlock * kGgufPanel];
-    const int64_t a = task / panels, first = task % panels * kColumns;
-    const int64_t columns = std::min(kColumns, block.gate.first.rows - first);
-    const int64_t expert = routing.active[a];
-    for_each_row_block(routing, a, [&](int64_t row, int64_t count) {
-      const int32_t* ids = routing.token.data() + row;
-      kernel({block.gate.expert(expert), first, columns, gate_rows.view(), ids, count, 2 * kGgufTile, panel});
-      kernel({block.up.expert(expert), first, columns, up_rows.view(), ids, count, 2 * kGgufTile, panel + kGgufTile});
-      for (int64_t r = 0; r < count; ++r) {
-        kernels.silu_mul_tiles(panel + r * kGgufPanel, (columns + kGgufTile - 1) / kGgufTile,
-                               activated + (row + r) * width + first);
-      }
-    });
-  });
+  for_each_task(
+      tasks, run_of(tasks), bytes, torch::stable::get_num_threads(), [&](int64_t, int64_t task, int64_t next_task) {
+        alignas(64) float panel[kGgufRowBlock * kGgufPanel];
+        const int64_t a = task / panels, first = task % panels * kColumns;
+        const int64_t columns = std::min(kColumns, block.gate.first.rows - first);
+        const GgufWeights gate = block.gate.expert(routing.active[a]), up = block.up.expert(routing.active[a]);
+        for_each_row_block(routing, a, [&](int64_t row, int64_t count, bool last) {
+          const int32_t* ids = routing.token.data() + row;
+          const uint8_t* next = weights_of_task(block.gate, routing, last ? next_task : task, kColumns);
+          kernel({gate, first, columns, gate_rows.view(), ids, count, 2 * kGgufTile, up.at(first), panel});
+          kernel({up, first, columns, up_rows.view(), ids, count, 2 * kGgufTile, next, panel + kGgufTile});
+          for (int64_t r = 0; r < count; ++r) {
+            kernels.silu_mul_tiles(panel + r * kGgufPanel, (columns + kGgufTile - 1) / kGgufTile,
+                                   activated + (row + r) * width + first);
+          }
+        });
+      });
 }
 
 // out[t] over the columns of a panel, from the down product's rows.
@@ -196,17 +207,23 @@ void down_and_combine(const Block& block, const Tokens& t, const float* weights,
   const int64_t panel_floats = routing.rows() * kGgufPanel;
   const Scratch<float> products(threads * run * panel_floats);
   for_each_task((panels + run - 1) / run, 1, routing.num_active() * block.down.bytes(), threads,
-                [&](int64_t thread, int64_t task, int64_t) {
+                [&](int64_t thread, int64_t task, int64_t next_task) {
                   float* mine = products.get() + thread * run * panel_floats;
                   const int64_t begin = task * run, end = std::min(begin + run, panels);
                   for (int64_t a = 0; a < routing.num_active(); ++a) {
                     const GgufWeights expert = block.down.expert(routing.active[a]);
+                    const int64_t next_expert = routing.active[a + 1 < routing.num_active() ? a + 1 : 0];
+                    const int64_t next_panel = a + 1 < routing.num_active() ? begin : next_task * run;
+                    // Behind the expert's part of the task.
+                    const uint8_t* after =
+                        next_panel < panels ? block.down.expert(next_expert).at(next_panel * kGgufPanel) : nullptr;
                     for (int64_t panel = begin; panel < end; ++panel) {
-                      const int64_t columns = std::min(kGgufPanel, expert.rows - panel * kGgufPanel);
-                      for_each_row_block(routing, a, [&](int64_t row, int64_t count) {
+                      const int64_t first = panel * kGgufPanel, columns = std::min(kGgufPanel, expert.rows - first);
+                      const uint8_t* behind = panel + 1 < end ? expert.at(first + kGgufPanel) : after;
+                      for_each_row_block(routing, a, [&](int64_t row, int64_t count, bool last) {
                         float* to = mine + (panel - begin) * panel_floats + row * kGgufPanel;
-                        kernel({expert, panel * kGgufPanel, columns, rows.view(), routing.identity.data() + row, count,
-                                kGgufTile, to});
+                        kernel({expert, first, columns, rows.view(), routing.identity.data() + row, count, kGgufTile,
+                                last ? behind : expert.at(first), to});
                       });
                     }
                   }

@@ -12,80 +12,40 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vnni")
 #endif
 
-#include "cpu/gguf_blocks_avx512.h"
+#include "cpu/gguf_tile_codes_avx512.h"
 
 namespace ferrum::cpu::FERRUM_LEVEL {
 namespace {
 
-constexpr int64_t kPrefetchAhead = 8192;
+// What to prefetch while tiles are multiplied: the weights read next. Every run multiplied asks for its share of
+// `lines`, so that several blocks of rows on the same tiles use the memory evenly. More requests wait in the second
+// level than in the first.
+struct Ahead {
+  const uint8_t* at;
+  int64_t lines;
 
-template <Type T>
-constexpr gguf::Tiling kTiling = gguf::tiling_of(T);
-
-inline __m512i load64(const void* from) { return _mm512_loadu_si512(from); }
-inline __m512 load_halves(const uint8_t* from) { return _mm512_cvtph_ps(load32(from)); }
-
-template <int Shift>
-inline __m512i shift_right(__m512i v) {
-  if constexpr (Shift > 0) {
-    return _mm512_srli_epi16(v, Shift);
-  } else if constexpr (Shift < 0) {
-    return _mm512_slli_epi16(v, -Shift);
-  } else {
-    return v;
+  void prefetch() {
+    for (int64_t i = 0; i < lines; ++i, at += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    }
   }
-}
+};
 
-// Vector P of a run: elements 4P ... 4P + 3 of the 16 columns.
-template <Type T, int P>
-inline __m512i codes(const uint8_t* run) {
-  constexpr int low_bits = kTiling<T>.low_bits, high_bits = kTiling<T>.high_bits;
-  if constexpr (low_bits == 8) {
-    return load64(run + 64 * P);
-  }
-  constexpr int at = P * low_bits, high_at = P * high_bits;
-  const __m512i low_mask = _mm512_set1_epi8((1 << low_bits) - 1);
-  __m512i result = _mm512_and_si512(shift_right<at % 8>(load64(run + at / 8 * 64)), low_mask);
-  if constexpr (high_bits != 0) {
-    const __m512i line = load64(run + 64 * low_bits + high_at / 8 * 64);
-    const __m512i high_mask = _mm512_set1_epi8(((1 << high_bits) - 1) << low_bits);
-    // (shifted & mask) | result
-    result = _mm512_ternarylogic_epi32(shift_right<high_at % 8 - low_bits>(line), high_mask, result, 0xea);
-  }
-  if constexpr (kTiling<T>.table == gguf::kNonlinear) {
-    const __m512i table = _mm512_broadcast_i32x4(load16(gguf::kNonlinear));
-    result = _mm512_xor_si512(_mm512_shuffle_epi8(table, result), _mm512_set1_epi8(-128));
-  } else if constexpr (kTiling<T>.table == gguf::kE2M1) {
-    const __m512i table = _mm512_broadcast_i32x4(load16(gguf::kE2M1));
-    result = _mm512_add_epi8(_mm512_shuffle_epi8(table, result), _mm512_set1_epi8(kTraitsOf<T>.zero));
-  }
-  return result;
-}
-
-// A chunk of N tiles and the R rows it is multiplied with.
-struct ChunkRows {
-  const uint8_t* chunk;  // of the first tile
-  int64_t tile_bytes;    // to the next tile's
-  int64_t k;             // the chunk's index
+// N tiles and the R rows they are multiplied with.
+struct TileRows {
+  const uint8_t* tile;
+  int64_t tile_bytes;  // to the next tile
   const GgufActivations& activations;
   const int32_t* row_ids;
-  int64_t prefetch;    // so many bytes ahead; 0: the chunk is in the cache
-  float* out;          // rows of kGgufPanel, the sum of the chunks before
+  Ahead ahead;
+  float* out;          // rows of kGgufPanel
   int64_t out_stride;  // to the next tile's
 };
 
-template <Type T>
-inline void prefetch_run(const uint8_t* run) {
-#pragma GCC unroll 8
-  for (int line = 0; line < kTiling<T>.low_bits + kTiling<T>.high_bits; ++line) {
-    _mm_prefetch(reinterpret_cast<const char*>(run + 64 * line), _MM_HINT_T0);
-  }
-}
-
-// Adds vector P of a run of N tiles to the dot products with R rows.
+// Adds vector P of a run of N tiles to the dot products with R rows, whose codes for the run are at x[r] + at.
 template <Type T, int R, int N, int P>
 inline __attribute__((always_inline)) void add_vector(const uint8_t* run, int64_t tile_bytes, const int8_t* const* x,
-                                                      __m512i (*dot)[N]) {
+                                                      int64_t at, __m512i (*dot)[N]) {
   __m512i w[N];
 #pragma GCC unroll 2
   for (int n = 0; n < N; ++n) {
@@ -93,7 +53,7 @@ inline __attribute__((always_inline)) void add_vector(const uint8_t* run, int64_
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const __m512i word = broadcast_word(x[r] + 4 * P);
+    const __m512i word = broadcast_word(x[r] + at + 4 * P);
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
       dot[r][n] = _mm512_dpbusd_epi32(dot[r][n], w[n], word);
@@ -103,29 +63,31 @@ inline __attribute__((always_inline)) void add_vector(const uint8_t* run, int64_
 
 template <Type T, int R, int N, int Half>
 inline __attribute__((always_inline)) void add_half_run(const uint8_t* run, int64_t tile_bytes, const int8_t* const* x,
-                                                        __m512i (*dot)[N]) {
-  add_vector<T, R, N, 4 * Half>(run, tile_bytes, x, dot);
-  add_vector<T, R, N, 4 * Half + 1>(run, tile_bytes, x, dot);
-  add_vector<T, R, N, 4 * Half + 2>(run, tile_bytes, x, dot);
-  add_vector<T, R, N, 4 * Half + 3>(run, tile_bytes, x, dot);
+                                                        int64_t at, __m512i (*dot)[N]) {
+  add_vector<T, R, N, 4 * Half>(run, tile_bytes, x, at, dot);
+  add_vector<T, R, N, 4 * Half + 1>(run, tile_bytes, x, at, dot);
+  add_vector<T, R, N, 4 * Half + 2>(run, tile_bytes, x, at, dot);
+  add_vector<T, R, N, 4 * Half + 3>(run, tile_bytes, x, at, dot);
 }
 
-inline void add_to(float* out, bool first, __m512 term) {
-  _mm512_storeu_ps(out, _mm512_add_ps(first ? _mm512_setzero_ps() : _mm512_loadu_ps(out), term));
-}
+inline void add_to(float* out, __m512 term) { _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), term)); }
 
-template <Type T>
-inline __m512i widen(const uint8_t* bytes) {
-  return kTiling<T>.is_signed ? _mm512_cvtepi8_epi32(load16(bytes)) : _mm512_cvtepu8_epi32(load16(bytes));
+template <int R, int N>
+inline void clear_out(const TileRows& p) {
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
+      _mm512_storeu_ps(p.out + r * kGgufPanel + n * p.out_stride, _mm512_setzero_ps());
+    }
+  }
 }
 
 // total += dot * scale j of the chunk
 template <Type T, int R, int N>
-inline __attribute__((always_inline)) void add_scaled(const ChunkRows& p, int64_t j, const __m512i (*dot)[N],
-                                                      __m512i (*total)[N]) {
+inline __attribute__((always_inline)) void add_scaled(const uint8_t* chunk, int64_t tile_bytes, int64_t j,
+                                                      const __m512i (*dot)[N], __m512i (*total)[N]) {
 #pragma GCC unroll 2
   for (int n = 0; n < N; ++n) {
-    const __m512i scales = widen<T>(p.chunk + n * p.tile_bytes + kTiling<T>.scales_at() + j * gguf::kTileRows);
+    const __m512i scales = widen<T>(chunk + n * tile_bytes + kTiling<T>.scales_at() + j * gguf::kTileRows);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       total[r][n] = _mm512_add_epi32(total[r][n], _mm512_mullo_epi32(dot[r][n], scales));
@@ -140,13 +102,12 @@ inline __m512i factor_pairs(const uint8_t* chunk, int64_t j) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, widen<T>(at), _mm512_slli_epi32(widen<T>(at + 16), 16));
 }
 
-// Adds the terms of a tile's chunk of 256 to out: `total` has the scaled dot products of R rows.
+// Adds the terms of a tile's chunk of 256 to out: `total` has the scaled dot products of R rows, at[r] is row r's
+// chunk.
 template <Type T, int R, int N>
-inline __attribute__((always_inline)) void finish_large(const ChunkRows& p, int n, const int64_t* at,
-                                                        const __m512i (*total)[N]) {
+inline __attribute__((always_inline)) void finish_large(const GgufActivations& a, const uint8_t* chunk, int n,
+                                                        const int64_t* at, const __m512i (*total)[N], float* out) {
   constexpr gguf::Tiling t = kTiling<T>;
-  const GgufActivations& a = p.activations;
-  const uint8_t* chunk = p.chunk + n * p.tile_bytes;
   __m512i rest[R][1];
   clear<R, 1>(rest);
 #pragma GCC unroll 8
@@ -169,180 +130,166 @@ inline __attribute__((always_inline)) void finish_large(const ChunkRows& p, int 
     if (t.mins) {
       term = _mm512_sub_ps(term, _mm512_mul_ps(_mm512_cvtepi32_ps(rest[r][0]), _mm512_mul_ps(m, scale)));
     }
-    add_to(p.out + r * kGgufPanel + n * p.out_stride, p.k == 0, term);
+    add_to(out + r * kGgufPanel, term);
   }
 }
 
 // Blocks of 256.
 template <Type T, int R, int N>
-FERRUM_KEEP_ACCUMULATORS void large_chunk(const ChunkRows& p) {
+FERRUM_KEEP_ACCUMULATORS void large_tiles(const TileRows& p) {
   constexpr gguf::Tiling t = kTiling<T>;
+  const GgufActivations& a = p.activations;
+  const int64_t tile_bytes = p.tile_bytes;
   const int8_t* x[R];
-  int64_t at[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    at[r] = p.row_ids[r] * p.activations.chunks + p.k;
-    x[r] = p.activations.codes + at[r] * gguf::kChunk;
+    x[r] = a.codes + p.row_ids[r] * a.chunks * gguf::kChunk;
   }
-  __m512i total[R][N];
-  clear<R, N>(total);
-  const uint8_t* run = p.chunk;
-  for (int64_t j = 0; j < 8; ++j, run += t.run_bytes()) {
-    for (int64_t n = 0; p.prefetch != 0 && n < N; ++n) {
-      prefetch_run<T>(run + n * p.tile_bytes + p.prefetch);
-    }
-    __m512i dot[R][N];
-    clear<R, N>(dot);
-    add_half_run<T, R, N, 0>(run, p.tile_bytes, x, dot);
-    if constexpr (t.scales == 16) {
-      add_scaled<T, R, N>(p, 2 * j, dot, total);
+  clear_out<R, N>(p);
+  Ahead ahead = p.ahead;
+  const uint8_t* chunk = p.tile;
+  for (int64_t k = 0; k < a.chunks; ++k, chunk += t.chunk_bytes()) {
+    __m512i total[R][N];
+    clear<R, N>(total);
+    const uint8_t* run = chunk;
+    int64_t at = k * gguf::kChunk;
+    for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), at += gguf::kSmallBlock) {
+      ahead.prefetch();
+      __m512i dot[R][N];
       clear<R, N>(dot);
+      add_half_run<T, R, N, 0>(run, tile_bytes, x, at, dot);
+      if constexpr (t.scales == 16) {
+        add_scaled<T, R, N>(chunk, tile_bytes, 2 * j, dot, total);
+        clear<R, N>(dot);
+      }
+      add_half_run<T, R, N, 1>(run, tile_bytes, x, at, dot);
+      add_scaled<T, R, N>(chunk, tile_bytes, t.scales == 16 ? 2 * j + 1 : j, dot, total);
     }
-    add_half_run<T, R, N, 1>(run, p.tile_bytes, x, dot);
-    add_scaled<T, R, N>(p, t.scales == 16 ? 2 * j + 1 : j, dot, total);
+    int64_t rows_at[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      x[r] += 32;
+      rows_at[r] = p.row_ids[r] * a.chunks + k;
     }
-  }
 #pragma GCC unroll 2
-  for (int n = 0; n < N; ++n) {
-    finish_large<T, R, N>(p, n, at, total);
+    for (int n = 0; n < N; ++n) {
+      finish_large<T, R, N>(a, chunk + n * tile_bytes, n, rows_at, total, p.out + n * p.out_stride);
+    }
   }
 }
 
-// The scales of block j of a chunk.
-template <Type T>
-inline __m512 block_scales(const uint8_t* chunk, int64_t j) {
-  if constexpr (kTiling<T>.halves == 8) {
-    return load_halves(chunk + kTiling<T>.d_at() + j * 32);
+// The terms of block j of a chunk, the `block`-th of the row.
+template <Type T, int R, int N>
+inline __attribute__((always_inline)) void small_run(const TileRows& p, const uint8_t* chunk, int64_t j, int64_t block,
+                                                     const int8_t* const* x, const int64_t* first_block,
+                                                     __m512 (*terms)[N]) {
+  constexpr gguf::Tiling t = kTiling<T>;
+  const GgufActivations& a = p.activations;
+  const uint8_t* run = chunk + j * t.run_bytes();
+  __m512i dot[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const __m512i sum = _mm512_set1_epi32(a.run_sums[first_block[r] + block]);
+    const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-kTraitsOf<T>.zero));
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      dot[r][n] = start;
+    }
   }
-  // 2^(e - 128), subnormal for the two smallest exponents.
-  const __m512i e = _mm512_cvtepu8_epi32(load16(chunk + kTiling<T>.d_at() + j * 16));
-  const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
-  const __m512i subnormal = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
-  const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
-  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, small, subnormal));
+  add_half_run<T, R, N, 0>(run, p.tile_bytes, x, block * gguf::kSmallBlock, dot);
+  add_half_run<T, R, N, 1>(run, p.tile_bytes, x, block * gguf::kSmallBlock, dot);
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) {
+    const uint8_t* of_tile = chunk + n * p.tile_bytes;
+    const __m512 d = block_scales<T>(of_tile, j);
+    const __m512 m =
+        t.mins ? _mm512_xor_ps(load_halves(of_tile + t.m_at() + j * 32), _mm512_set1_ps(-0.0f)) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float scale = a.scales[first_block[r] + block];
+      terms[r][n] = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r][n]), _mm512_mul_ps(d, _mm512_set1_ps(scale)));
+      if (t.mins) {
+        const float sum = static_cast<float>(a.run_sums[first_block[r] + block]);
+        terms[r][n] = _mm512_sub_ps(terms[r][n], _mm512_mul_ps(m, _mm512_set1_ps(scale * sum)));
+      }
+    }
+  }
 }
 
 // Blocks of 32.
 template <Type T, int R, int N>
-FERRUM_KEEP_ACCUMULATORS void small_chunk(const ChunkRows& p) {
-  constexpr gguf::Tiling t = kTiling<T>;
+FERRUM_KEEP_ACCUMULATORS void small_tiles(const TileRows& p) {
   const int8_t* x[R];
-  const int16_t* sums[R];
-  const float* scales[R];
+  int64_t first_block[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const int64_t at = (p.row_ids[r] * p.activations.chunks + p.k) * 8;
-    x[r] = p.activations.codes + at * gguf::kSmallBlock;
-    sums[r] = p.activations.run_sums + at;
-    scales[r] = p.activations.scales + at;
+    first_block[r] = p.row_ids[r] * p.activations.chunks * 8;
+    x[r] = p.activations.codes + first_block[r] * gguf::kSmallBlock;
   }
-  __m512 pairs[4][R][N];
-  const uint8_t* run = p.chunk;
-  for (int64_t j = 0; j < 8; ++j, run += t.run_bytes()) {
-    for (int64_t n = 0; p.prefetch != 0 && n < N; ++n) {
-      prefetch_run<T>(run + n * p.tile_bytes + p.prefetch);
-    }
-    __m512i dot[R][N];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i start = _mm512_set1_epi32(-kTraitsOf<T>.zero * sums[r][j]);
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) {
-        dot[r][n] = start;
-      }
-    }
-    add_half_run<T, R, N, 0>(run, p.tile_bytes, x, dot);
-    add_half_run<T, R, N, 1>(run, p.tile_bytes, x, dot);
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      const uint8_t* chunk = p.chunk + n * p.tile_bytes;
-      const __m512 d = block_scales<T>(chunk, j);
-      const __m512 m =
-          t.mins ? _mm512_xor_ps(load_halves(chunk + t.m_at() + j * 32), _mm512_set1_ps(-0.0f)) : _mm512_setzero_ps();
+  clear_out<R, N>(p);
+  Ahead ahead = p.ahead;
+  const uint8_t* chunk = p.tile;
+  for (int64_t k = 0; k < p.activations.chunks; ++k, chunk += kTiling<T>.chunk_bytes()) {
+    __m512 pairs[4][R][N], terms[R][N];
+    for (int64_t j = 0; j < 8; j += 2) {
+      ahead.prefetch();
+      small_run<T, R, N>(p, chunk, j, 8 * k + j, x, first_block, pairs[j / 2]);
+      ahead.prefetch();
+      small_run<T, R, N>(p, chunk, j + 1, 8 * k + j + 1, x, first_block, terms);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const float scale = scales[r][j];
-        __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r][n]), _mm512_mul_ps(d, _mm512_set1_ps(scale)));
-        if (t.mins) {
-          const float sum = static_cast<float>(sums[r][j]);
-          term = _mm512_sub_ps(term, _mm512_mul_ps(m, _mm512_set1_ps(scale * sum)));
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+          pairs[j / 2][r][n] = _mm512_add_ps(pairs[j / 2][r][n], terms[r][n]);
         }
-        pairs[j / 2][r][n] = j % 2 == 0 ? term : _mm512_add_ps(pairs[j / 2][r][n], term);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      x[r] += 32;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      const __m512 term =
-          _mm512_add_ps(_mm512_add_ps(pairs[0][r][n], pairs[1][r][n]), _mm512_add_ps(pairs[2][r][n], pairs[3][r][n]));
-      add_to(p.out + r * kGgufPanel + n * p.out_stride, p.k == 0, term);
+      for (int n = 0; n < N; ++n) {
+        const __m512 term =
+            _mm512_add_ps(_mm512_add_ps(pairs[0][r][n], pairs[1][r][n]), _mm512_add_ps(pairs[2][r][n], pairs[3][r][n]));
+        add_to(p.out + r * kGgufPanel + n * p.out_stride, term);
+      }
     }
   }
 }
 
 template <Type T, int R, int N>
-void multiply_chunk(const ChunkRows& p) {
+void tiles(const TileRows& p) {
   if constexpr (kSmall<T>) {
-    small_chunk<T, R, N>(p);
+    small_tiles<T, R, N>(p);
   } else {
-    large_chunk<T, R, N>(p);
+    large_tiles<T, R, N>(p);
   }
 }
 
-using MultiplyChunk = void (*)(const ChunkRows&);
+using MultiplyTiles = void (*)(const TileRows&);
 
-// A few rows: tiles are read as one stream, whatever that takes.
-template <Type T>
-void few_rows(const GgufProduct& p, const uint8_t* tile) {
-  static constexpr MultiplyChunk kMultiply[] = {
-      multiply_chunk<T, 1, 1>, multiply_chunk<T, 2, 1>, multiply_chunk<T, 3, 1>, multiply_chunk<T, 4, 1>,
-      multiply_chunk<T, 5, 1>, multiply_chunk<T, 6, 1>, multiply_chunk<T, 7, 1>, multiply_chunk<T, 8, 1>};
-  for (int64_t t = 0; t < p.columns / kGgufTile; ++t) {
-    for (int64_t k = 0; k < p.activations.chunks; ++k, tile += kTiling<T>.chunk_bytes()) {
-      kMultiply[p.rows - 1]({tile, 0, k, p.activations, p.row_ids, kPrefetchAhead, tile_of(p, t), 0});
-    }
-  }
-}
-
-// Many rows, in blocks of at most 6 that are as equal as can be, times two tiles: a chunk of the tiles stays in the
-// first-level cache while all rows pass by.
-template <Type T>
-void many_rows(const GgufProduct& p, const uint8_t* first, int64_t tile_bytes) {
-  static constexpr MultiplyChunk kOne[] = {multiply_chunk<T, 4, 1>, multiply_chunk<T, 5, 1>, multiply_chunk<T, 6, 1>};
-  static constexpr MultiplyChunk kTwo[] = {multiply_chunk<T, 4, 2>, multiply_chunk<T, 5, 2>, multiply_chunk<T, 6, 2>};
-  const int64_t blocks = (p.rows + 5) / 6, tiles = p.columns / kGgufTile;
-  for (int64_t k = 0; k < p.activations.chunks; ++k) {
-    const int64_t at = k * kTiling<T>.chunk_bytes();
-    // The next chunk of the same tiles, or the first of those behind them.
-    const int64_t next = k + 1 < p.activations.chunks ? kTiling<T>.chunk_bytes() : tiles * tile_bytes - at;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = p.rows * b / blocks, count = p.rows * (b + 1) / blocks - row;
-      for (int64_t t = 0; t < tiles; t += 2) {
-        const uint8_t* chunk = first + t * tile_bytes + at;
-        (t + 1 < tiles ? kTwo : kOne)[count - 4]({chunk, tile_bytes, k, p.activations, p.row_ids + row,
-                                                  b == 0 ? next : 0, tile_of(p, t) + row * kGgufPanel, p.tile_stride});
-      }
-    }
-  }
-}
-
+// Up to 8 rows take a tile at a time. More are taken in blocks of at most 6, as equal as can be, times two tiles, which
+// wait in the second-level cache while all rows pass by.
 template <Type T>
 void multiply_tiles(const GgufProduct& p) {
-  const int64_t tile_bytes = p.activations.chunks * kTiling<T>.chunk_bytes();
+  static constexpr MultiplyTiles kOne[] = {tiles<T, 1, 1>, tiles<T, 2, 1>, tiles<T, 3, 1>, tiles<T, 4, 1>,
+                                           tiles<T, 5, 1>, tiles<T, 6, 1>, tiles<T, 7, 1>, tiles<T, 8, 1>};
+  static constexpr MultiplyTiles kTwo[] = {tiles<T, 4, 2>, tiles<T, 5, 2>, tiles<T, 6, 2>};
+  constexpr int64_t run_lines = (kTiling<T>.chunk_bytes() / 64 + 7) / 8;  // of one tile, chunk by chunk
+  const int64_t tile_bytes = p.weights.tile_bytes(), num_tiles = p.columns / kGgufTile;
+  const int64_t blocks = p.rows <= 8 ? 1 : (p.rows + 5) / 6;
   const uint8_t* tile = p.weights.blocks + p.first / kGgufTile * tile_bytes;
-  if (p.rows <= 8) {
-    few_rows<T>(p, tile);
-  } else {
-    many_rows<T>(p, tile, tile_bytes);
+  for (int64_t t = 0; t < num_tiles;) {
+    const int64_t width = blocks > 1 && t + 2 <= num_tiles ? 2 : 1;
+    const bool last = t + width == num_tiles;
+    const uint8_t* next = last ? p.next : tile + width * tile_bytes;
+    const int64_t lines = next == nullptr ? 0 : (run_lines * width + blocks - 1) / blocks;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = p.rows * b / blocks, count = p.rows * (b + 1) / blocks - row;
+      const Ahead ahead{next + b * p.activations.chunks * 8 * lines * 64, lines};
+      (width == 2 ? kTwo[count - 4] : kOne[count - 1])(
+          {tile, tile_bytes, p.activations, p.row_ids + row, ahead, tile_of(p, t) + row * kGgufPanel, p.tile_stride});
+    }
+    t += width;
+    tile += width * tile_bytes;
   }
 }
 
