@@ -1,9 +1,13 @@
-// Products with GGUF blocks, one decoded chunk of a weight row at a time: every level's kernels but for AVX512's int8.
+// Products with GGUF blocks and their weights in float32, a decoded chunk of 256 at a time: every level's kernels but
+// for AVX512's int8.
 #pragma once
 
 #include "cpu/gguf.h"
 #include "cpu/gguf_decode.h"
 #include "cpu/gguf_tiles.h"
+#if defined(FERRUM_LEVEL_AVX512)
+#include "cpu/gguf_weights_avx512.h"
+#endif
 
 namespace ferrum::cpu::FERRUM_LEVEL {
 namespace {
@@ -141,14 +145,41 @@ inline void int8_columns(const GgufProduct& p) {
   }
 }
 
-// Rows by columns whose sums stay in registers.
+// Rows by columns whose sums stay in registers, and how many columns are decoded at a time.
 #if defined(FERRUM_LEVEL_AVX512)
-constexpr int kFullRows = 4, kFullColumns = 4;
+constexpr int kFullRows = 4, kFullColumns = 4, kDecodedColumns = 16;
 #elif defined(FERRUM_LEVEL_AVX2)
-constexpr int kFullRows = 2, kFullColumns = 2;
+constexpr int kFullRows = 2, kFullColumns = 2, kDecodedColumns = 2;
 #else
-constexpr int kFullRows = 1, kFullColumns = 2;
+constexpr int kFullRows = 1, kFullColumns = 2, kDecodedColumns = 2;
 #endif
+
+// Chunk k of `columns` columns from `first` on in float32, zeros for the other columns of a step.
+inline void decode_columns(const GgufProduct& p, int64_t first, int64_t columns, int64_t k,
+                           float (*weights)[gguf::kChunk]) {
+  const gguf::Traits& traits = *p.weights.traits;
+#if defined(FERRUM_LEVEL_AVX512)
+  for_type(traits.type, [&](auto type) {
+    constexpr Type T = decltype(type)::value;
+    if (p.weights.tiled) {  // whole tiles
+      return weights_of_tile<T>(p.weights.at(p.first + first) + k * kTiling<T>.chunk_bytes(), gguf::kChunk, *weights);
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint8_t* blocks = p.weights.at(p.first + first + c) + k * kChunkBytes<T>;
+      weights_of_blocks<T>(blocks, p.weights.in_features - k * gguf::kChunk, weights[c]);
+    }
+  });
+#else
+  Chunk chunk;
+  for (int64_t c = 0; c < columns; ++c) {
+    decode_column(p, first + c, k, chunk);
+    weights_of(traits, chunk, weights[c]);
+  }
+#endif
+  for (int64_t c = columns; c < kDecodedColumns; ++c) {
+    __builtin_memset(weights[c], 0, sizeof(weights[c]));
+  }
+}
 
 // sums[r][c] += one chunk of row r times column c, lane by lane.
 template <int R>
@@ -179,40 +210,37 @@ inline void add_chunk(const float (*weights)[gguf::kChunk], const float* const* 
 }
 
 inline void full_columns(const GgufProduct& p) {
-  const gguf::Traits& traits = *p.weights.traits;
-  alignas(64) float weights[kFullColumns][gguf::kChunk];
-  Vec sums[kGgufRowBlock][kFullColumns];
+  constexpr int groups = kDecodedColumns / kFullColumns;
+  alignas(64) float weights[kDecodedColumns][gguf::kChunk];
+  Vec sums[groups][kGgufRowBlock][kFullColumns];
   const float* values[kGgufRowBlock];
-  Chunk chunk;
-  for (int64_t first = 0; first < p.columns; first += kFullColumns) {
-    const int64_t columns = smaller(kFullColumns, p.columns - first);
-    for (int64_t r = 0; r < p.rows; ++r) {
-      for (int c = 0; c < kFullColumns; ++c) {
-        sums[r][c] = broadcast(0.0f);
+  for (int64_t first = 0; first < p.columns; first += kDecodedColumns) {
+    const int64_t columns = smaller(kDecodedColumns, p.columns - first);
+    for (int g = 0; g < groups; ++g) {
+      for (int64_t r = 0; r < p.rows; ++r) {
+        for (int c = 0; c < kFullColumns; ++c) {
+          sums[g][r][c] = broadcast(0.0f);
+        }
       }
     }
     for (int64_t k = 0; k < p.activations.chunks; ++k) {
-      for (int64_t c = 0; c < columns; ++c) {
-        decode_column(p, first + c, k, chunk);
-        weights_of(traits, chunk, weights[c]);
-      }
-      for (int64_t c = columns; c < kFullColumns; ++c) {
-        __builtin_memset(weights[c], 0, sizeof(weights[c]));
-      }
+      decode_columns(p, first, columns, k, weights);
       for (int64_t r = 0; r < p.rows; ++r) {
         values[r] = p.activations.values + (p.row_ids[r] * p.activations.chunks + k) * gguf::kChunk;
       }
-      int64_t r = 0;
-      for (; r + kFullRows <= p.rows; r += kFullRows) {
-        add_chunk<kFullRows>(weights, values + r, sums + r);
-      }
-      for (; r < p.rows; ++r) {
-        add_chunk<1>(weights, values + r, sums + r);
+      for (int g = 0; g < groups; ++g) {
+        int64_t r = 0;
+        for (; r + kFullRows <= p.rows; r += kFullRows) {
+          add_chunk<kFullRows>(weights + g * kFullColumns, values + r, sums[g] + r);
+        }
+        for (; r < p.rows; ++r) {
+          add_chunk<1>(weights + g * kFullColumns, values + r, sums[g] + r);
+        }
       }
     }
     for (int64_t c = 0; c < columns; ++c) {
       for (int64_t r = 0; r < p.rows; ++r) {
-        out_of(p, first + c)[r * kGgufPanel] = reduce_add(sums[r][c]);
+        out_of(p, first + c)[r * kGgufPanel] = reduce_add(sums[c / kFullColumns][r][c % kFullColumns]);
       }
     }
   }
@@ -222,6 +250,34 @@ inline void full_columns(const GgufProduct& p) {
 
 void gguf_full_columns(const GgufProduct& product) { full_columns(product); }
 
+#if defined(FERRUM_LEVEL_AVX512)
+
+void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out) {
+  for_type(traits.type, [&](auto type) {
+    constexpr Type T = decltype(type)::value;
+    int64_t k = 0;
+    for (; k + gguf::kChunk <= elements; k += gguf::kChunk, blocks += kChunkBytes<T>) {
+      weights_of_blocks<T>(blocks, gguf::kChunk, out + k);
+    }
+    if (k < elements) {
+      alignas(64) float weights[gguf::kChunk];
+      weights_of_blocks<T>(blocks, elements - k, weights);
+      __builtin_memcpy(out + k, weights, static_cast<size_t>(elements - k) * sizeof(float));
+    }
+  });
+}
+
+void gguf_dequantize_tile(const gguf::Traits& traits, const uint8_t* tile, int64_t elements, float* out) {
+  for_type(traits.type, [&](auto type) {
+    constexpr Type T = decltype(type)::value;
+    for (int64_t k = 0; k < elements; k += gguf::kChunk, tile += kTiling<T>.chunk_bytes()) {
+      weights_of_tile<T>(tile, elements, out + k);
+    }
+  });
+}
+
+#else
+
 void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out) {
   dequantize_chunks(traits, blocks, elements, out);
 }
@@ -230,12 +286,12 @@ void gguf_dequantize_tile(const gguf::Traits& traits, const uint8_t* tile, int64
   dequantize_tile(traits, tile, elements, out);
 }
 
+void gguf_int8_columns(const GgufProduct& product) { int8_columns(product); }
+
+#endif
+
 void gguf_pack_tile(const gguf::Traits& traits, const uint8_t* rows, int64_t elements, uint8_t* tile) {
   pack_tile(traits, rows, elements, tile);
 }
-
-#if !defined(FERRUM_LEVEL_AVX512)
-void gguf_int8_columns(const GgufProduct& product) { int8_columns(product); }
-#endif
 
 }  // namespace ferrum::cpu::FERRUM_LEVEL
