@@ -10,6 +10,8 @@ namespace ferrum::cuda {
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+#else
+using emulation::shared_address;
 #endif
 
 // ---- copies from global to shared memory that run beside the thread

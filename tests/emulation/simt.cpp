@@ -47,8 +47,12 @@ struct Thread {
   unsigned number;  // the index, linear
   const Collective* waits_in;
   void* operand;
-  bool waited;                                // for the launch before this one
-  std::deque<std::vector<AsyncCopy>> copies;  // in groups, the last of which is not committed yet
+  bool waited;  // for the launch before this one
+  struct Copy : AsyncCopy {
+    bool landed;
+  };
+  std::deque<std::vector<Copy>> copies;  // in groups, the last of which is not committed yet
+  std::vector<AsyncCopy> unpublished;    // of those waited for
 };
 
 struct Machine {
@@ -60,13 +64,17 @@ struct Machine {
   Thread* current = nullptr;  // null while the scheduler runs
   Fiber scheduler;
   std::optional<Guarded> shared;
+  enum class Byte : unsigned char { stored, under_copy, unpublished };
+  std::vector<Byte> bytes;               // of `shared`
+  std::vector<unsigned char> published;  // `shared`, as it was then
+  std::vector<std::function<void()>> at_block_end;
   std::optional<std::string> failure;
   bool previous_runs = false;  // the launch before this one, which may be writing any tensor
   uint64_t idle_yields = 0;
   Schedule schedule = Schedule::forward;
   unsigned seed = 0;
   std::mt19937 random;
-  uint64_t launches = 0, collectives = 0;
+  uint64_t launches = 0, blocks = 0, collectives = 0;
 } machine;
 
 std::mutex one_launch_at_a_time;
@@ -248,6 +256,7 @@ void fiber_main() {
 
 void start_block() {
   machine.idle_yields = 0;
+  machine.blocks++;
   const auto start = [](Group& group) {
     group.live = ~Mask() >> (kMaxThreads - group.count);
     group.open.clear();
@@ -258,8 +267,13 @@ void start_block() {
     thread.waits_in = nullptr;
     thread.waited = false;
     thread.copies.assign(1, {});
+    thread.unpublished.clear();
   }
-  std::memset(machine.shared->begin, kPoison, machine.shared->end - machine.shared->begin);
+  const size_t shared_bytes = machine.launch->shared_bytes;
+  std::memset(machine.shared->begin, kPoison, shared_bytes);
+  machine.bytes.assign(shared_bytes, Machine::Byte::stored);
+  machine.published.assign(machine.shared->begin, machine.shared->end);
+  machine.at_block_end.clear();
   if (machine.launch->static_shared_bytes > 0) {
     std::memset(machine.launch->static_shared, kPoison, machine.launch->static_shared_bytes);
   }
@@ -345,6 +359,13 @@ void run_block() {
       warps = order_of(warps.size());
     }
   }
+  for (const auto& check : machine.at_block_end) {
+    try {
+      check();
+    } catch (const std::exception& error) {
+      raise(error.what(), nullptr);
+    }
+  }
 }
 
 void prepare(const Launch& launch) {
@@ -399,8 +420,10 @@ void run(const Launch& launch) {
 
 const Launch& this_launch() { return *machine.launch; }
 const Index& this_block() { return machine.index; }
+uint64_t blocks_started() { return machine.blocks; }
 const Index& this_thread() { return machine.current->index; }
 unsigned this_lane() { return machine.current->number % machine.launch->warp_size; }
+unsigned this_warp() { return machine.current->number / machine.launch->warp_size; }
 unsigned threads_in_block() { return machine.block.count; }
 void* dynamic_shared() { return machine.shared->begin; }
 
@@ -479,15 +502,25 @@ void land(const AsyncCopy& copy) {
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.size - copy.valid);
 }
+
+// Of the bytes that a copy has written.
+void mark(const AsyncCopy& copy, Machine::Byte state) {
+  const auto* const to = static_cast<unsigned char*>(copy.to);
+  if (to >= machine.shared->begin && to + copy.size <= machine.shared->end) {
+    std::fill_n(machine.bytes.begin() + (to - machine.shared->begin), copy.size, state);
+  }
+}
 }  // namespace
 
 void issue_copy(const AsyncCopy& copy) {
-  if (machine.schedule == Schedule::reverse || (machine.schedule == Schedule::random && coin())) {
+  const bool landed = machine.schedule == Schedule::reverse || (machine.schedule == Schedule::random && coin());
+  if (landed) {
     land(copy);
   } else {
     std::memset(copy.to, kPoison, copy.size);
-    machine.current->copies.back().push_back(copy);
   }
+  mark(copy, Machine::Byte::under_copy);
+  machine.current->copies.back().push_back({copy, landed});
 }
 
 void commit_copies() { machine.current->copies.emplace_back(); }
@@ -495,9 +528,43 @@ void commit_copies() { machine.current->copies.emplace_back(); }
 void wait_for_copies(size_t groups_in_flight) {
   auto& copies = machine.current->copies;
   for (; copies.size() - 1 > groups_in_flight; copies.pop_front()) {
-    std::for_each(copies.front().begin(), copies.front().end(), land);
+    for (const Thread::Copy& copy : copies.front()) {
+      if (!copy.landed) {
+        land(copy);
+      }
+      mark(copy, Machine::Byte::unpublished);
+      machine.current->unpublished.push_back(copy);
+    }
   }
 }
+
+void publish_shared() {
+  for (const AsyncCopy& copy : machine.current->unpublished) {
+    mark(copy, Machine::Byte::stored);
+  }
+  machine.current->unpublished.clear();
+  std::memcpy(machine.published.data(), machine.shared->begin, machine.published.size());
+}
+
+void read_published(const std::string& reader, void* to, const void* from, size_t size) {
+  const auto* const begin = static_cast<const unsigned char*>(from);
+  if (begin < machine.shared->begin || begin + size > machine.shared->end) {
+    fail(reader + ": " + describe_address(from));
+  }
+  const size_t first = begin - machine.shared->begin;
+  for (size_t at = first; at < first + size; ++at) {
+    const Machine::Byte state = machine.bytes[at];
+    if (state != Machine::Byte::stored || machine.published[at] != machine.shared->begin[at]) {
+      fail(reader + " reads byte " + std::to_string(at) + " of dynamic shared memory, which " +
+           (state == Machine::Byte::under_copy    ? "a copy writes that has not been waited for"
+            : state == Machine::Byte::unpublished ? "a copy has written and its thread not published"
+                                                  : "has been stored since it was published"));
+    }
+  }
+  std::memcpy(to, from, size);
+}
+
+void at_block_end(std::function<void()> check) { machine.at_block_end.push_back(std::move(check)); }
 
 }  // namespace ferrum::emulation
 

@@ -13,6 +13,7 @@
 
 #include "ptx_emulation.h"
 #include "simt.h"
+#include "wgmma_emulation.h"
 
 #undef __global__
 #undef __device__

@@ -25,6 +25,12 @@ inline void require_shared(const char* instruction, const void* address, size_t 
   }
 }
 
+// The low bits, as far as shared memory goes, of the address on this machine.
+constexpr uint32_t kSharedAddressMask = 0x3ffff;
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(shared)) & kSharedAddressMask;
+}
+
 inline void cp_async(void* shared, const void* global, int bytes, int valid) {
   require_shared("cp.async", shared, bytes);
   require_aligned("cp.async", shared, bytes);

@@ -42,8 +42,10 @@ void run(const Launch& launch);
 
 const Launch& this_launch();
 const Index& this_block();
+uint64_t blocks_started();   // with this one, by all launches
 const Index& this_thread();  // within its block
 unsigned this_lane();
+unsigned this_warp();
 unsigned threads_in_block();
 void* dynamic_shared();
 bool is_shared(const void* address);
@@ -96,5 +98,16 @@ void wait_for_previous_grid();
 void prefetch(const void* from, size_t bytes);
 // What a read beside its writer may give: anything.
 int32_t guess(const int32_t* from);
+
+// ---- dynamic shared memory for a unit that works beside the threads, and sees what has been published to it
+
+// Publishes what has been stored up to here and the copies that this thread has waited for.
+void publish_shared();
+// What such a unit reads; fails where a byte is written by a copy that no wait has ended or nobody has published, or
+// has been stored since it was published. `reader` is for messages.
+void read_published(const std::string& reader, void* to, const void* from, size_t size);
+
+// `check` runs once all threads of this block have exited.
+void at_block_end(std::function<void()> check);
 
 }  // namespace ferrum::emulation
