@@ -5,12 +5,15 @@
 Hidden 2048, width 768, 128 experts, top 8; int4 in groups of 128 in the Marlin layout, bfloat16 activations, random
 weights and routing. Calls rotate through four layers, 1.2 GB, far more than any L2 cache. Beside `fused` (the whole
 block: align, two products, the sum over a token's slots): `bucketed`, and PyTorch's grouped product of the same weights
-in bfloat16. A block that differs from float64 is not timed. Writes FOLDER/moe.json and FOLDER/moe.md.
+in bfloat16. From 512 tokens on also what else `fused` could do there: dequantise the experts for that grouped product
+(`dequantise`), and take the wgmma kernel in blocks of 64 rows (`wgmma`, on Hopper), which nothing picks by itself. A
+block that differs from float64 is not timed. Writes FOLDER/moe.json and FOLDER/moe.md.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,16 @@ from ferrum_ops.formats.marlin import TILE_ROWS
 from ferrum_ops.testing import gpu
 from ferrum_ops.testing.compare import assert_close, tolerance
 
-TOKENS = (1, 8, 32, 128, 512)
+TOKENS = (1, 8, 32, 128, 512, 2048, 4096)
 #: Microseconds of the whole block at which it is as fast as it should be on an H200.
 GOALS = {1: 14, 8: 45, 32: 85, 128: 100, 512: 150}
 LAYERS = 4
 #: Rows above which launches for single buckets are too many to be of interest.
 MOST_BUCKETED = 32
+#: Rows from which products may be bound by computing, and the block size of wgmma's tiles.
+LEAST_COMPUTE_BOUND, WGMMA_BLOCK = 512, 64
+#: Columns of the table after the block's own: other ways, by their time over its.
+OTHERS = ("bucketed", "grouped_mm", "dequantise", "wgmma")
 
 
 def random_layer(block: MoeShape, device: str) -> MarlinExpertWeights:
@@ -110,6 +117,13 @@ def measure(
     candidates = {name: calls(name, layers) for name in names}
     if dense:
         candidates["grouped_mm"] = calls("fused", dense)
+    if tokens >= LEAST_COMPUTE_BOUND:
+        candidates["dequantise"] = calls("fused", [replace(layer, grouped=False) for layer in layers])
+    if tokens >= LEAST_COMPUTE_BOUND and gpu.has_wgmma():
+        wide = [replace(layer, block_size=WGMMA_BLOCK) for layer in layers]
+        with gpu.wgmma():
+            check("fused", wide[0], sets[0])
+        candidates["wgmma"] = [gpu.wgmma()(call) for call in calls("fused", wide)]
     with torch.no_grad():
         timings = gpu.compare(candidates)
     active = sum(ids.unique().numel() for _, ids, _ in sets) / len(sets)
@@ -135,14 +149,14 @@ def markdown(head: dict[str, Any], rows: list[dict[str, Any]], notes: list[str])
     lines = [
         f"{head['device']}, torch {head['torch']}, CUDA {head['cuda']}, commit {head['commit']}: copy "
         f"{head['copy_bandwidth'] / 1e12:.2f} TB/s. Goals are for an H200. bucketed and grouped_mm (bfloat16 weights): "
-        "their time over that of fused.",
+        "their time over that of fused; so with dequantise (fused by that product) and wgmma (fused by that kernel).",
         "",
-        "| tokens | active experts | MB | us | GB/s | of copy | floor us | goal us | met | bucketed | grouped_mm |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|",
+        f"| tokens | active experts | MB | us | GB/s | of copy | floor us | goal us | met | {' | '.join(OTHERS)} |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|---|" + "--:|" * len(OTHERS),
     ]
     for row in rows:
         goal = row["goal_us"]
-        peers = (f"{row[name]:.2f}" if name in row else "" for name in ("bucketed", "grouped_mm"))
+        peers = (f"{row[name]:.2f}" if name in row else "" for name in OTHERS)
         met = "" if goal is None else "yes" if row["us"] <= goal else "no"
         lines.append(
             f"| {row['tokens']} | {row['active']:.0f} | {row['mb']:.1f} | {row['us']:.1f} | {row['gb_per_s']:.0f} | "

@@ -1,7 +1,7 @@
 // How an op starts a CUDA kernel: on the device of its inputs and on the stream that is current there.
 //
 // The emulated build (tests/emulation) compiles these sources as plain C++ and runs the kernels on the CPU, so no file
-// in this folder writes <<<>>>, inline PTX outside ptx.cuh and mma.cuh, or `extern __shared__`.
+// in this folder writes <<<>>>, inline PTX outside ptx.cuh, mma.cuh and wgmma.cuh, or `extern __shared__`.
 #pragma once
 
 #include <initializer_list>
@@ -117,6 +117,14 @@ class Stream {
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
 
+  // Raises where the code of `kernel` for this device is empty (wgmma.cuh): that alone has no static shared memory.
+  template <typename... Parameters>
+  void require_code(void (*kernel)(Parameters...), const char* device) const {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+    FERRUM_CHECK(attributes.sharedSizeBytes > 0, op_, "device", "expected ", device, ", got another");
+  }
+
   int multiprocessors() const {
     int device = 0, count = 0;
     check(cudaGetDevice(&device));
@@ -175,6 +183,9 @@ class Stream {
     emulation::launch(op_, kernel, grid.blocks, grid.threads, grid.shared_bytes, true,
                       static_cast<Parameters>(arguments)...);
   }
+
+  template <typename... Parameters>
+  void require_code(void (*)(Parameters...), const char*) const {}
 
   int multiprocessors() const { return 4; }
 

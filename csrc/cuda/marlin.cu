@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/marlin_run.cuh"
+#include "cuda/marlin_wgmma.h"
 
 namespace ferrum::cuda {
 namespace {
@@ -152,7 +153,8 @@ void run_typed(const MarlinCall& call, const Tensor& out) {
                           stream.multiprocessors(),
                           call.workspace.numel() - reserved,
                           call.max_sms,
-                          divide_up(call.rows.count, std::max(call.rows.experts, 1))};
+                          divide_up(call.rows.count, std::max(call.rows.experts, 1)),
+                          marlin_wgmma_asked_for()};
   const MarlinConfig config = pick_marlin_config(shape);
   narrow(call.op, "x", config.token_tiles * config.column_tiles * config.splits + p.zero_blocks);
   Tensor partials;
@@ -166,7 +168,9 @@ void run_typed(const MarlinCall& call, const Tensor& out) {
     slot_sums = new_output(call.x, {call.rows.count, p.slot_stride}, ScalarType::Float);
     p.slot_sums = mutable_data<float>(slot_sums);
   }
-  if (call.bits == 4) {
+  if (config.wgmma) {
+    launch_marlin_wgmma(stream, config, p, call.bits);
+  } else if (call.bits == 4) {
     launch_marlin<T, 4>(stream, config, p);
   } else {
     launch_marlin<T, 8>(stream, config, p);

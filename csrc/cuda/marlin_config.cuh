@@ -40,13 +40,15 @@ struct MarlinShape {
   int64_t counters;             // tiles that may be split
   int64_t max_sms = 0;          // the most multiprocessors to use; 0: all
   int64_t rows_per_matrix = 0;  // on average, of a grouped product; of another all of them
+  bool wgmma = false;           // asked for
 };
 
 struct MarlinConfig {
   MarlinTile tile;
   int64_t token_tiles, column_tiles, splits;
-  int64_t blocks;  // that walk over tiles x splits
-  bool read_once;  // the weights, as far as anybody knows
+  int64_t blocks;      // that walk over tiles x splits
+  bool read_once;      // the weights, as far as anybody knows
+  bool wgmma = false;  // tiles of 64 tokens by marlin_wgmma.cuh
 };
 
 // Those that are used.
@@ -79,7 +81,8 @@ constexpr int64_t marlin_cost(const MarlinShape& s, const MarlinConfig& c) {
 }
 
 // The smallest tile that holds a block of tokens: weights are then read once for it. More than 32 tokens of one matrix
-// are cut by the time the products take.
+// are cut by the time the products take. Those are what wgmma could be faster for; no device has measured it yet, so it
+// is taken only where a test or a benchmark asks for it (marlin_wgmma.h).
 constexpr MarlinConfig pick_marlin_config(const MarlinShape& s) {
   const int64_t block = s.block_size > 0 ? s.block_size : s.tokens;
   for (const MarlinTile& tile : kMarlinTiles) {
@@ -87,7 +90,12 @@ constexpr MarlinConfig pick_marlin_config(const MarlinShape& s) {
       return marlin_config(s, tile);
     }
   }
-  const MarlinConfig wide = marlin_config(s, kMarlinTiles[3]), narrow = marlin_config(s, kMarlinTiles[2]);
+  MarlinConfig wide = marlin_config(s, kMarlinTiles[3]);
+  if (s.wgmma) {
+    wide.wgmma = true;
+    return wide;
+  }
+  const MarlinConfig narrow = marlin_config(s, kMarlinTiles[2]);
   return s.block_size > 0 || marlin_cost(s, wide) <= marlin_cost(s, narrow) ? wide : narrow;
 }
 
@@ -127,6 +135,11 @@ static_assert(picked(4096 + 128 * 31, 32, 1536, 32).blocks == 264 &&
 static_assert(picked(512, 8, 1536, 1, 7).blocks == 7, "no more blocks than multiprocessors");
 static_assert(picked(512, 8, 1536, 1).read_once && picked(1024 + 128 * 15, 16, 1536, 8).read_once);
 static_assert(!picked(4096 + 128 * 31, 32, 1536, 40).read_once && !picked(65, 0, 5120, 65).read_once);
+constexpr bool picks_wgmma(int64_t tokens, int64_t block_size, bool asked_for) {
+  return pick_marlin_config({tokens, block_size, 1536, 2048, 132, 0, 0, 0, asked_for}).wgmma;
+}
+static_assert(picks_wgmma(4096 + 128 * 63, 64, true) && picks_wgmma(512, 0, true), "more than 32 rows of a matrix");
+static_assert(!picks_wgmma(4096 + 128 * 31, 32, true) && !picks_wgmma(4096 + 128 * 63, 64, false), "not by itself");
 static_assert(picks(0, 0, 2048, 4096, 8, 0, 1) && picks(1, 0, 0, 4096, 8, 0, 1) && picks(1, 0, 64, 0, 8, 1, 1));
 
 }  // namespace ferrum::cuda

@@ -159,10 +159,11 @@ __device__ __forceinline__ bool finish_tile(const MarlinProduct<T>& p, const Mar
   return true;
 }
 
-template <typename T, int Bits, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(MarlinProduct<T> p) {
+// This block's tiles one after another. `multiply(place, sources, first, last)` leaves in `shared`, for all threads,
+// the sums of the stages before `last` from `first` on, with the rows `sources` of x.
+template <typename T, int Bits, typename Shape, typename F>
+__device__ __forceinline__ void walk_over_tiles(const MarlinProduct<T>& p, unsigned char* shared, F&& multiply) {
   __shared__ int rows[Shape::kTokens], sources[Shape::kTokens], is_last;
-  FERRUM_DYNAMIC_SHARED(unsigned char, shared);
   const int stages = (p.steps + Shape::kSteps - 1) / Shape::kSteps, tiles = p.token_tiles * p.column_tiles * p.splits;
   const int block = static_cast<int>(blockIdx.x) - p.zero_blocks, blocks = static_cast<int>(gridDim.x) - p.zero_blocks;
   if (p.prefetch && block >= 0) {
@@ -184,23 +185,30 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(
     }
     bool finished = place.split == 0;
     if (place.expert >= 0) {
-      float total[4][Shape::kWarpTiles][4] = {};
       const int first = static_cast<int>(static_cast<int64_t>(stages) * place.split / p.splits);
       const int last = static_cast<int>(static_cast<int64_t>(stages) * (place.split + 1) / p.splits);
-      MarlinFetcher<T, Bits, Shape> fetcher(p, place, sources, shared, first);
-      const MarlinMultiplier<T, Bits, Shape> multiplier(p, place, shared);
-      multiply_stages(fetcher, multiplier, first, last, total);
-      __syncthreads();  // the sums take the place of stages that other warps may still read
-      float* const sums = reinterpret_cast<float*>(shared);
-      multiplier.store_sums(sums, total);
-      __syncthreads();
-      finished = finish_tile<T, Shape>(p, place, rows, sums, &is_last);
+      multiply(place, sources, first, last);
+      finished = finish_tile<T, Shape>(p, place, rows, reinterpret_cast<const float*>(shared), &is_last);
     }
     if (finished && p.slot_sums != nullptr) {
       sum_if_last<T, Shape>(p, place.column_tile, token_tiles, shared, &is_last);
     }
     __syncthreads();  // the next tile's rows and stages take their place
   }
+}
+
+template <typename T, int Bits, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) marlin_tiles(MarlinProduct<T> p) {
+  FERRUM_DYNAMIC_SHARED(unsigned char, shared);
+  walk_over_tiles<T, Bits, Shape>(p, shared, [&](const MarlinPlace& place, const int* sources, int first, int last) {
+    float total[4][Shape::kWarpTiles][4] = {};
+    MarlinFetcher<T, Bits, Shape> fetcher(p, place, sources, shared, first);
+    const MarlinMultiplier<T, Bits, Shape> multiplier(p, place, shared);
+    multiply_stages(fetcher, multiplier, first, last, total);
+    __syncthreads();  // the sums take the place of stages that other warps may still read
+    multiplier.store_sums(reinterpret_cast<float*>(shared), total);
+    __syncthreads();
+  });
 }
 
 // At most. A stage may begin and end within a group unless one is a multiple of the other.
@@ -212,13 +220,14 @@ constexpr int groups_in_stage(int steps, int group_steps) {
 static_assert(groups_in_stage(4, 8) == 1 && groups_in_stage(4, 1) == 4 && groups_in_stage(4, 3) == 2 &&
               groups_in_stage(8, 3) == 4 && groups_in_stage(4, 5) == 2 && groups_in_stage(8, 5) == 3);
 
+// The grid for `p`, to which the sizes of the tiles are added. Stages lie at multiples of `alignment` bytes.
 template <typename T, int Bits, typename Shape>
-void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduct<T> p) {
+Grid grid_of_tiles(const MarlinConfig& config, MarlinProduct<T>& p, int alignment) {
   using Stage = MarlinStage<T, Bits, Shape>;
   const int scale_bytes = p.scales.dtype == Dtype::float32 ? 4 : 2;
   const int groups = p.inverse_group_steps == 0.0f ? 1 : groups_in_stage(Shape::kSteps, p.group_steps);
   const int group_bytes = Shape::kColumns * scale_bytes + (p.zeros != nullptr ? Stage::kZeroPieces * 16 : 0);
-  p.stage_bytes = Stage::kScales + groups * group_bytes;
+  p.stage_bytes = static_cast<int>(divide_up(Stage::kScales + groups * group_bytes, alignment)) * alignment;
   p.zeros_place = Stage::kScales + (p.inverse_group_steps == 0.0f ? 0 : groups * Shape::kColumns * scale_bytes);
   constexpr int kMostBytes = Stage::kScales + Shape::kSteps * (Shape::kColumns * 4 + Stage::kZeroPieces * 16);
   constexpr int kSumBytes = Shape::kDepthWarps * Shape::kTokens * Shape::kSumStride * static_cast<int>(sizeof(float));
@@ -228,10 +237,14 @@ void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduc
   p.splits = static_cast<int>(config.splits);
   p.read_once = config.read_once;
   p.tiles_of_block = static_cast<int>(divide_up(p.rows.block_size, Shape::kTokens));
-  stream.launch_early(marlin_tiles<T, Bits, Shape>,
-                      Grid{dim3(static_cast<unsigned>(config.blocks + p.zero_blocks)), dim3(Shape::kThreads),
-                           static_cast<size_t>(max(Stage::kStages * p.stage_bytes, kSumBytes))},
-                      p);
+  return {dim3(static_cast<unsigned>(config.blocks + p.zero_blocks)), dim3(Shape::kThreads),
+          static_cast<size_t>(max(Stage::kStages * p.stage_bytes, kSumBytes))};
+}
+
+template <typename T, int Bits, typename Shape>
+void launch_tiles(const Stream& stream, const MarlinConfig& config, MarlinProduct<T> p) {
+  const Grid grid = grid_of_tiles<T, Bits, Shape>(config, p, 16);
+  stream.launch_early(marlin_tiles<T, Bits, Shape>, grid, p);
 }
 
 template <typename T, int Bits>

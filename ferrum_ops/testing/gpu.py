@@ -7,12 +7,14 @@ the L2 cache; figures are medians over replays, taken in turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ferrum_ops._graphs import recording
+from ferrum_ops._library import _c
 from ferrum_ops.testing.timing import Timing, timing_of
 
 DEVICE = "cuda"
@@ -31,6 +33,27 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
+
+
+def has_wgmma() -> bool:
+    """Whether this device is of the one kind that has it."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+@contextmanager
+def wgmma() -> Iterator[None]:
+    """Inside a `with` block `marlin_gemm` and `marlin_moe_gemm` use Hopper's wgmma for all that would have tiles of 64
+    tokens (process-wide; for tests and benchmarks). Their calls raise RuntimeError on a device without it.
+
+    Raises RuntimeError where the library was built without CUDA.
+    """
+    if not hasattr(_c, "ferrum_marlin_wgmma"):
+        raise RuntimeError("[wgmma] library: expected one built with CUDA, got one without")
+    _c.ferrum_marlin_wgmma(1)
+    try:
+        yield
+    finally:
+        _c.ferrum_marlin_wgmma(0)
 
 
 def copies_outside_cache(num_bytes: int, limit: int = CALLS) -> int:

@@ -31,18 +31,18 @@ def test_bytes_are_those_of_the_active_experts():
 def test_table():
     rows = [
         row_of(MoeShape(), 1, 8.0, {"fused": 13e-6, "bucketed": 39e-6, "grouped_mm": 26e-6}, 4.3e12),
-        row_of(MoeShape(), 512, 128.0, {"fused": 200e-6}, 4.3e12),
+        row_of(MoeShape(), 512, 128.0, {"fused": 200e-6, "wgmma": 160e-6}, 4.3e12),
     ]
     head = {"device": "GPU", "torch": "2", "cuda": "13", "commit": "abc", "copy_bandwidth": 4.3e12}
     assert_expected_inline(
         markdown(head, rows, ["a note"]),
         """\
-GPU, torch 2, CUDA 13, commit abc: copy 4.30 TB/s. Goals are for an H200. bucketed and grouped_mm (bfloat16 weights): their time over that of fused.
+GPU, torch 2, CUDA 13, commit abc: copy 4.30 TB/s. Goals are for an H200. bucketed and grouped_mm (bfloat16 weights): their time over that of fused; so with dequantise (fused by that product) and wgmma (fused by that kernel).
 
-| tokens | active experts | MB | us | GB/s | of copy | floor us | goal us | met | bucketed | grouped_mm |
-|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|
-| 1 | 8 | 19.5 | 13.0 | 1498 | 0.35 | 4.5 | 14 | yes | 3.00 | 2.00 |
-| 512 | 128 | 315.6 | 200.0 | 1578 | 0.37 | 73.4 | 150 | no |  |  |
+| tokens | active experts | MB | us | GB/s | of copy | floor us | goal us | met | bucketed | grouped_mm | dequantise | wgmma |
+|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|
+| 1 | 8 | 19.5 | 13.0 | 1498 | 0.35 | 4.5 | 14 | yes | 3.00 | 2.00 |  |  |
+| 512 | 128 | 315.6 | 200.0 | 1578 | 0.37 | 73.4 | 150 | no |  |  |  | 0.80 |
 
 a note
 """,

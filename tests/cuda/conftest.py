@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import ferrum_ops
+from ferrum_ops.testing import gpu
 from ferrum_ops.testing.timing import torch_op
 from tests.cuda.test_every_op import strided_on
 from tests.ops.test_every_op import outputs
@@ -29,3 +30,12 @@ def kernel(cuda):
         return [t.cpu() for t in outputs(op, torch_op(name), strided_on(cuda, args))]
 
     return run
+
+
+@pytest.fixture
+def wgmma(cuda):
+    """As the fixture of tests/emulation."""
+    if not gpu.has_wgmma():
+        pytest.skip("wgmma: compute capability 9.0 alone has it")
+    with gpu.wgmma():
+        yield

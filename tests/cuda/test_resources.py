@@ -1,5 +1,7 @@
 """The gate on compiled kernels: nothing spills, on any architecture the library is built for."""
 
+import re
+
 import pytest
 
 from tests.cuda import resources
@@ -16,6 +18,17 @@ def test_every_source_is_compiled():
 def test_nothing_spills():
     spilling = [k for k in resources.kernels() if k.spilled_bytes or k.stack_bytes]
     assert not spilling, "\n".join(map(str, spilling))
+
+
+def test_no_product_waits_for_the_one_before():
+    """ptxas says so where it cannot let wgmma run beside the threads."""
+    warnings = [
+        f"{source}: {line}"
+        for source, text in resources.reports().items()
+        for line in text.splitlines()
+        if re.search(r"C75\d\d|serialized|warning", line)
+    ]
+    assert not warnings, "\n".join(warnings)
 
 
 def test_a_block_of_every_kernel_fits():

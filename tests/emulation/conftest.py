@@ -35,3 +35,11 @@ def kernel(request, emulated):
             return outputs(op, emulated.op(name), copy_args(args))
 
     return run
+
+
+@pytest.fixture
+def wgmma(emulated):
+    """The kernel of marlin_wgmma.cuh wherever it can be picked."""
+    emulated.c.ferrum_marlin_wgmma(1)
+    yield
+    emulated.c.ferrum_marlin_wgmma(0)

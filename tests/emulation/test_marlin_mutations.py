@@ -18,7 +18,7 @@ HEADER = re.compile(r'#include "(cuda/marlin_\w+\.cuh)"\n')
 
 
 def in_one_file():
-    """The op with its headers, and of all instances the one for 32 tokens, 4 bits and float16."""
+    """The op with its headers, and of all instances the one for 32 tokens, 4 bits and float16; none on wgmma."""
     seen = set()
 
     def text_of(match):
@@ -28,7 +28,10 @@ def in_one_file():
         seen.add(name)
         return HEADER.sub(text_of, (CSRC / name).read_text().replace("#pragma once", ""))
 
-    text = HEADER.sub(text_of, '#include "cuda/marlin_kernel.cuh"\n' + SOURCE.read_text())
+    source = SOURCE.read_text().replace('#include "cuda/marlin_wgmma.h"\n', "")
+    source = source.replace("marlin_wgmma_asked_for()", "false")
+    source = source.replace("launch_marlin_wgmma(stream, config, p, call.bits);", "")
+    text = HEADER.sub(text_of, '#include "cuda/marlin_kernel.cuh"\n' + source)
     text = re.sub(r"launch_tiles<T, Bits, MarlinTile(8|16|64)>", "launch_tiles<T, Bits, MarlinTile32>", text)
     return text.replace("launch_marlin<T, 8>", "launch_marlin<T, 4>").replace(
         "run_typed<__nv_bfloat16>", "run_typed<__half>"
@@ -108,8 +111,8 @@ MUTATIONS = [
     Mutation("sums-over-stages", "    __syncthreads();  // the sums take", "    // the sums take"),
     Mutation(
         "sums-barrier",
-        "multiplier.store_sums(sums, total);\n      __syncthreads();",
-        "multiplier.store_sums(sums, total);",
+        "multiplier.store_sums(reinterpret_cast<float*>(shared), total);\n    __syncthreads();",
+        "multiplier.store_sums(reinterpret_cast<float*>(shared), total);",
     ),
     Mutation("next-tile-barrier", "    __syncthreads();  // the next tile's", "    // the next tile's"),
     Mutation(
