@@ -156,7 +156,8 @@ void run_typed(const MarlinCall& call, const Tensor& out) {
                           divide_up(call.rows.count, std::max(call.rows.experts, 1)),
                           marlin_wgmma_asked_for()};
   const MarlinConfig config = pick_marlin_config(shape);
-  narrow(call.op, "x", config.token_tiles * config.column_tiles * config.splits + p.zero_blocks);
+  // Beyond the last tile a block adds its stride once more.
+  narrow(call.op, "x", config.token_tiles * config.column_tiles * config.splits + config.blocks + p.zero_blocks);
   Tensor partials;
   if (config.splits > 1) {
     partials = partial_sums(call, config);

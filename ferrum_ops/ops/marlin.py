@@ -97,7 +97,8 @@ def marlin_workspace(device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda":
         return torch.zeros(0, dtype=torch.int32, device=device)
-    # A counter for every output tile that is split between blocks: fewer than there are blocks at once.
+    # A counter for every output tile that is split between blocks: fewer than there are blocks at once. Sums over slots
+    # take one for every 64 columns.
     blocks = 16 * torch.cuda.get_device_properties(device).multi_processor_count
     return torch.zeros(blocks, dtype=torch.int32, device=device)
 

@@ -61,3 +61,26 @@ def test_fault(kind, message, faults):
 def test_limits_of_a_launch(limits, message, faults):
     with pytest.raises(RuntimeError, match=re.escape(message)):
         launch(faults, kind=99, **limits)
+
+
+def start_early(library, kind, schedule):
+    with library.guard_pages("behind"), library.schedule(schedule, seed=2):
+        x = torch.zeros(64, dtype=torch.int32)
+        library.op("start_early_")(x, kind)
+    return x.tolist()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_early_launch_waits(schedule, faults):
+    """Whatever it guesses before; a read before the wait is found where the launch before is taken to run still."""
+    assert start_early(faults, 0, schedule) == list(range(64))
+    with pytest.raises(RuntimeError, match="prefetch out of bounds: byte 4095 of a tensor of 256 bytes"):
+        start_early(faults, 1, schedule)
+    with pytest.raises(RuntimeError, match="exited without a wait for the previous launch"):
+        start_early(faults, 3, schedule)
+    if schedule == "reverse":
+        assert start_early(faults, 2, schedule) == list(range(64))
+    if schedule == "forward":
+        with pytest.raises(RuntimeError, match="access before the wait for the previous launch: byte 0 of a tensor"):
+            start_early(faults, 2, schedule)
+    assert start_early(faults, 0, schedule) == list(range(64))

@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
 
 namespace ferrum::cuda {
 namespace {
@@ -69,6 +69,24 @@ __global__ void misbehave(int* x, int64_t size, int kind, int zero) {
   }
 }
 
+__global__ void start_early(int* x, int kind) {
+  const unsigned thread = threadIdx.x;
+  const int guess = load_guess(x);
+  prefetch_to_l2(x, kind == 1 ? 4096 : 16);
+  const int early = kind == 2 ? x[0] : 0;
+  if (kind == 3 && thread >= 32) {
+    return;
+  }
+  wait_for_previous_kernel();
+  start_next_kernel();
+  x[thread] = static_cast<int>(thread) + early + (guess == INT32_MAX / 3 ? 1 : 0);
+}
+
+void start_early_(const Tensor& x, int64_t kind) {
+  Stream("start_early_", x)
+      .launch_early(start_early, Grid{dim3(2), dim3(64)}, mutable_data<int>(x), static_cast<int>(kind));
+}
+
 void misbehave_(const Tensor& x, int64_t kind, int64_t blocks_y, int64_t threads, int64_t shared_bytes) {
   const Grid grid{dim3(1, static_cast<unsigned>(blocks_y)), dim3(static_cast<unsigned>(threads)),
                   static_cast<size_t>(shared_bytes)};
@@ -79,9 +97,11 @@ void misbehave_(const Tensor& x, int64_t kind, int64_t blocks_y, int64_t threads
 }  // namespace ferrum::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FERRUM_NAMESPACE, m) {
+  m.def("start_early_(Tensor(a!) x, int kind) -> ()");
   m.def("misbehave_(Tensor(a!) x, int kind, int blocks_y, int threads, int shared_bytes) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FERRUM_NAMESPACE, FERRUM_CUDA_KEY, m) {
+  m.impl("start_early_", TORCH_BOX(&ferrum::cuda::start_early_));
   m.impl("misbehave_", TORCH_BOX(&ferrum::cuda::misbehave_));
 }
