@@ -7,13 +7,13 @@ import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
 from ferrum_ops.testing.timing import torch_op
 from tests.emulation.test_every_kernel import bits, has_kernel
-from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
+from tests.ops.test_every_op import CHECKS, DTYPES, TRACING, cases, copy_args, outputs, to_float64
 
 WITH_KERNEL = {name for name, devices in ferrum_ops.backends().items() if devices["cuda"] == "kernel"}
 
 
 def kernel_cases(**kwargs):
-    return [case for case in cases(**kwargs) if has_kernel(*case.values[:2], WITH_KERNEL)]
+    return [case for case in cases(names=sorted(WITH_KERNEL), **kwargs) if has_kernel(*case.values[:2], WITH_KERNEL)]
 
 
 def on(device, args):
@@ -44,7 +44,12 @@ def test_kernel_equals_reference(cuda, op, dtype, args):
 
 @pytest.mark.parametrize("op, dtype, args", kernel_cases(slow_dtypes=(torch.float16, torch.bfloat16)))
 def test_opcheck(cuda, op, dtype, args):
-    torch.library.opcheck(torch_op(op.name), on(cuda, args))
+    torch.library.opcheck(torch_op(op.name), on(cuda, args), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("op, dtype, args", kernel_cases(dtypes=DTYPES[1:2]))
+def test_opcheck_tracing(cuda, op, dtype, args):
+    torch.library.opcheck(torch_op(op.name), on(cuda, args), test_utils=TRACING)
 
 
 @pytest.mark.parametrize("name", sorted(WITH_KERNEL))

@@ -181,6 +181,7 @@ GROUPED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_kernel_passes_as_it_stands(emulation):
     library = Emulated(SOURCES, "ferrum_marlin_unmutated", replace={SOURCE: in_one_file()})
     run(library)

@@ -89,10 +89,12 @@ class Mutation:
     new: str
     finding: str  # part of the error
 
-    def __str__(self):
-        return self.name
 
-
+#: One of each kind, in each file: each compiles for some seconds, once.
+FAST = (
+    *("barrier-missing", "bound-of-tensor", "collective-mismatch"),
+    *("wait-weak", "swizzle-of-one-side", "mma-in-one-warp", "norm-alignment"),
+)
 WRONG = "relative error|finite elements|values differ|largest error"
 
 MUTATIONS = [
@@ -193,7 +195,10 @@ def test_the_order_of_threads_changes_an_unordered_sum(unmutated):
     assert len({s.item() for s in sums}) == 3
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+@pytest.mark.parametrize(
+    "mutation",
+    [pytest.param(m, id=m.name, marks=[] if m.name in FAST else pytest.mark.slow) for m in MUTATIONS],
+)
 def test_a_mutation_is_caught(mutation, emulation):
     text = mutation.source.read_text()
     assert text.count(mutation.old) == 1

@@ -193,7 +193,9 @@ def test_low_precision_activations(name, layout, dtype, layouts):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "per_pair" else []) for name in IMPLEMENTATIONS]
+)
 def test_compiles_without_a_graph_break(name, layout, layouts):
     torch.compiler.reset()
     args = inputs("off-rank")

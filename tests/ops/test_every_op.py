@@ -1,5 +1,7 @@
 """What every op must satisfy, driven by the registry: the kernel equals the reference on float64 inputs at every
-instruction level, opcheck passes, an op without tensors to differentiate refuses gradients."""
+instruction level, and opcheck passes."""
+
+import functools
 
 import pytest
 import torch
@@ -7,18 +9,29 @@ import torch
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
 from ferrum_ops.testing.timing import torch_op
+from tests.conftest import isa_levels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Of opcheck, what takes ten times as long as all the rest: it traces the op with symbolic shapes.
+TRACING = "test_aot_dispatch_dynamic"
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-def cases(slow_dtypes=()):
-    for name, op in sorted(ferrum_ops.OPS.items()):
-        for dtype in DTYPES:
-            marks = [pytest.mark.slow] if dtype in slow_dtypes else []
-            torch.manual_seed(0)  # samples are drawn while collecting, before any fixture: the same in every run
-            for i, args in enumerate(op.inputs("cpu", dtype)):
+@functools.cache
+def samples(name, dtype):
+    """Drawn while collecting, before any fixture: the same in every run. Tests change copies only."""
+    torch.default_generator.manual_seed(0)
+    return list(ferrum_ops.OPS[name].inputs("cpu", dtype))
+
+
+def cases(slow_dtypes=(), dtypes=DTYPES, names=None, fast_samples=None):
+    """Parameters `op, dtype, args`; slow are `slow_dtypes`, and samples behind the first `fast_samples` of an op."""
+    for name in sorted(ferrum_ops.OPS) if names is None else names:
+        for dtype in dtypes:
+            for i, args in enumerate(samples(name, dtype)):
+                slow = dtype in slow_dtypes or (fast_samples is not None and i >= fast_samples)
                 case = f"{name}-{str(dtype).removeprefix('torch.')}-{i}"
-                yield pytest.param(op, dtype, args, id=case, marks=marks)
+                yield pytest.param(ferrum_ops.OPS[name], dtype, args, id=case, marks=[pytest.mark.slow] if slow else [])
 
 
 def copy_tensor(t):
@@ -46,14 +59,22 @@ def outputs(op, function, args):
 
 
 @pytest.mark.parametrize("op, dtype, args", list(cases()))
-def test_kernel_equals_reference(op, dtype, args, isa):
-    got = outputs(op, torch_op(op.name), copy_args(args))
+def test_kernel_equals_reference(op, dtype, args):
     expected = outputs(op, op.ref, copy_args(args, to_float64))
-    assert len(got) == len(expected)
-    for g, e in zip(got, expected):
-        assert_close(op.name, g, e, tolerance(op.name, dtype))
+    for level in isa_levels():
+        with ferrum_ops.use_cpu_isa(level):
+            got = outputs(op, torch_op(op.name), copy_args(args))
+        assert len(got) == len(expected)
+        for g, e in zip(got, expected):
+            assert_close(f"{op.name}, {level}", g, e, tolerance(op.name, dtype))
 
 
 @pytest.mark.parametrize("op, dtype, args", list(cases(slow_dtypes=(torch.float16, torch.bfloat16))))
 def test_opcheck(op, dtype, args):
-    torch.library.opcheck(torch_op(op.name), copy_args(args))
+    torch.library.opcheck(torch_op(op.name), copy_args(args), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("op, dtype, args", list(cases(dtypes=DTYPES[:1], fast_samples=1)))
+def test_opcheck_tracing(op, dtype, args):
+    """In one dtype: a trace sees shapes and no values, and what dtypes come out is in test_opcheck."""
+    torch.library.opcheck(torch_op(op.name), copy_args(args), test_utils=TRACING)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, InterpreterOptions, TensorHandle
 from triton.runtime.jit import JITFunction
 
 from ferrum_ops.triton import launch
@@ -41,12 +41,17 @@ def interpreted(target, *names):
             builder.create_masked_load, builder.create_masked_store = _checked_access(builder, tensors)
             binary.kernel[grid](*args, **dict(binary.constants), **options)
 
-    with _restored(builder, interpreter, launch, *LANGUAGE, *modules), triton.knobs.runtime.scope():
+    with (
+        _restored(builder, interpreter, interpreter.interpreter_builder, launch, *LANGUAGE, *modules),
+        triton.knobs.runtime.scope(),
+    ):
         for namespace in (tl, tl.core, tl.math, tl.standard, *modules):
             for name, value in list(vars(namespace).items()):
                 if isinstance(value, JITFunction):
                     setattr(namespace, name, _twin(value.fn))
         triton.knobs.runtime.interpret = True
+        # Integers wrap, as on a GPU: an address that did lies outside. (The check takes a third of the time.)
+        interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
         interpreter._patch_lang_tensor = _patch_lang_tensor
         interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         make_bfloat16_right(builder)

@@ -41,6 +41,7 @@ def test_the_gate_reads_resources():
     assert fitting.problems(80) == [] and fitting.registers > 20 and fitting.shared > 0
 
 
+@pytest.mark.slow
 def test_the_gate_sees_spills_and_shared_memory():
     problems = examined(256, 2).problems(80)
     assert any(problem.startswith("spills: expected none, got") for problem in problems)

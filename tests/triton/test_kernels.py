@@ -11,24 +11,16 @@ import torch
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
 from ferrum_ops.triton import KERNELS
-from tests.ops.test_every_op import DTYPES, copy_args, outputs, to_float64
+from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
 
 pytest.importorskip("triton")
 
-
-def cases():
-    for name in KERNELS:
-        for dtype in DTYPES:
-            marks = [pytest.mark.slow] if dtype != torch.bfloat16 else []  # the interpreter's hardest case stays
-            torch.manual_seed(0)  # samples are drawn while collecting: the same in every run
-            for i, args in enumerate(ferrum_ops.OPS[name].inputs("cpu", dtype)):
-                case = f"{name}-{str(dtype).removeprefix('torch.')}-{i}"
-                yield pytest.param(name, dtype, args, id=case, marks=marks)
+EASIER = (torch.float32, torch.float16)  # than bfloat16, for the interpreter
 
 
-@pytest.mark.parametrize("name, dtype, args", list(cases()))
-def test_kernel_equals_reference(name, dtype, args, interpreter):
-    op, module = ferrum_ops.OPS[name], importlib.import_module(KERNELS[name])
+@pytest.mark.parametrize("op, dtype, args", list(cases(slow_dtypes=EASIER, names=KERNELS)))
+def test_kernel_equals_reference(op, dtype, args, interpreter):
+    name, module = op.name, importlib.import_module(KERNELS[op.name])
     listed = {str(binary) for binary in module.binaries(90)}
     with interpreter() as asked:
         got = outputs(op, getattr(module, name), copy_args(args))
@@ -51,6 +43,7 @@ def test_triton_is_imported_by_the_first_call_only():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_without_triton_the_reference_serves():
     program = """
 import importlib.util
