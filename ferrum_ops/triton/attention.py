@@ -90,28 +90,29 @@ def _block_d(head_dim: int, dtype: torch.dtype, target: Target) -> int:
     return next(d for d in block_ds(dtype, target.capability) if d >= head_dim)
 
 
-def few_rows_tile(block_d: int, dtype: torch.dtype, source: int) -> Tile:
+def few_rows_tile(block_d: int, dtype: torch.dtype, source: int, capability: int) -> Tile:
     """For a decode: one token of a group of up to 16 query heads. Bounded by bytes in flight."""
     if dtype == torch.float32:
         return Tile(16, 16, num_warps=4 if block_d == 64 else 8, num_stages=1, programs=1, split_tiles=8)
     # Of pages, the table is fetched as many tiles ahead again.
     stages = 3 if source == CONTIGUOUS.value else 5
-    if block_d > 128:
-        return Tile(16, 32, num_warps=4, num_stages=stages, programs=2, split_tiles=4)
+    codes = source == INT8_PAGES.value  # converted in registers
+    if block_d > 128 or (codes and capability < 90):
+        return Tile(16, 32, 8 if codes and block_d > 128 else 4, stages, programs=2, split_tiles=4)
     return Tile(16, 64, num_warps=4, num_stages=stages, programs=2, split_tiles=2)
 
 
 def many_rows_tile(block_d: int, dtype: torch.dtype, source: int, capability: int) -> Tile:
     """For a prefill: as many rows as registers hold, for the tensor cores' sake."""
     if dtype == torch.float32:
-        return few_rows_tile(block_d, dtype, source)
+        return few_rows_tile(block_d, dtype, source, capability)
     stages = 2 if source == CONTIGUOUS.value else 3
     if block_d > 128:
         return Tile(32, 32, num_warps=8, num_stages=stages, programs=2, split_tiles=16)
-    if capability < 90:  # queries are in registers too
-        return Tile(64, 64, num_warps=8, num_stages=stages, programs=1, split_tiles=8)
-    # Codes are converted in registers.
-    return Tile(128, 32 if source == INT8_PAGES.value else 64, 8, stages, programs=1, split_tiles=8)
+    # Codes are converted in registers; from 10.0 on the places of 64 keys in pages are too many of them.
+    keys = 32 if source == INT8_PAGES.value or (source == PAGES.value and capability >= 100) else 64
+    # Below 9.0 queries are in registers too.
+    return Tile(128 if capability >= 90 else 64, keys, 8, stages, programs=1, split_tiles=8)
 
 
 def _splits(tile: Tile, programs: int, capacity: int, target: Target) -> int:
@@ -135,7 +136,7 @@ def _splits(tile: Tile, programs: int, capacity: int, target: Target) -> int:
 def pick_attention_config(sizes: Sizes, target: Target) -> tuple[Launch, ...]:
     """One launch, or in pages two where sequences of few and of many tokens may be mixed."""
     block_d = _block_d(sizes.head_dim, sizes.dtype, target)
-    few = few_rows_tile(block_d, sizes.dtype, sizes.source)
+    few = few_rows_tile(block_d, sizes.dtype, sizes.source, target.capability)
     many = many_rows_tile(block_d, sizes.dtype, sizes.source, target.capability)
     rows, sequences = sizes.tokens * sizes.group, sizes.sequences
 
@@ -200,7 +201,8 @@ def binaries(capability: int) -> dict[Binary, dict[str, str]]:
         types = {"q_ptr": own, "k_ptr": cache, "v_ptr": cache, "k_scale_ptr": scale, "v_scale_ptr": scale}
         types |= {"tables_ptr": "*i32", "lens_ptr": "*i32", "scale": "fp32"}
         for block_d in block_ds(dtype, capability):
-            for tile in (few_rows_tile(block_d, dtype, source), many_rows_tile(block_d, dtype, source, capability)):
+            for tile_of in (few_rows_tile, many_rows_tile):
+                tile = tile_of(block_d, dtype, source, capability)
                 found[_binary(tile, source, block_d, dtype)] = types | common
         found[_merge_binary(source, dtype)] = common
     return found

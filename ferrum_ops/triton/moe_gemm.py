@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ferrum_ops._checks import ACTIVATION_DTYPES, expect
@@ -29,9 +31,15 @@ def pick_gptq_moe_gemm_config(
     groups = gptq.groups_of(in_features, bits, group_size, has_g_idx, dtype)
     if groups == ONE_PER_PERIOD.value:  # too rare in experts for binaries of its own
         groups = FROM_G_IDX.value
-    config = gptq.tile_of(groups, dtype, few_rows=block_size <= 16)
+    config = _tile_of(groups, bits, dtype, few_rows=block_size <= 16)
     tiles = blocks * cdiv(block_size, config.block_m) * cdiv(out_features, config.block_n)
     return gptq.split(config, tiles, in_features // codes_per_period(bits), target)
+
+
+def _tile_of(groups: int, bits: int, dtype: torch.dtype, few_rows: bool) -> GemmConfig:
+    config = gptq.tile_of(groups, dtype, few_rows)
+    # Scales of their own for each period of 3 bits leave registers for half as many rows.
+    return replace(config, block_m=16) if groups == FROM_G_IDX.value and bits == 3 else config
 
 
 def _binary(config: GemmConfig, bits: int, dtype: torch.dtype) -> Binary:
@@ -59,7 +67,7 @@ def binaries(capability: int) -> dict[Binary, dict[str, str]]:
             for groups in (ONE_PER_TILE.value, FROM_G_IDX.value):
                 for few_rows in (True, False):
                     if groups == FROM_G_IDX.value or dtype != torch.float32:
-                        binary = _binary(gptq.tile_of(groups, dtype, few_rows), bits, dtype)
+                        binary = _binary(_tile_of(groups, bits, dtype, few_rows), bits, dtype)
                         found[binary] = {**words, **blocks, **others, "partial_ptr": "*fp32"}
         found[gptq.reduce_binary(dtype)] = {"partial_ptr": "*fp32", "bias_ptr": out, "out_ptr": out}
     return found

@@ -58,7 +58,7 @@ def test_splits_of_k_with_bias_and_weights(splits, interpreter, monkeypatch):
     monkeypatch.setattr(
         moe_gemm, "pick_gptq_moe_gemm_config", lambda *args: dataclasses.replace(pick(*args), splits=splits)
     )
-    args = arguments(torch.float16, 4, 1, 16, width=640)
+    args = arguments(torch.float16, 4, 1, 16, width=384)
     with interpreter() as asked:
         check(args)
         again = [moe_gemm.gptq_moe_gemm(*args) for _ in range(2)]
