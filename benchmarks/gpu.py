@@ -34,16 +34,17 @@ FAMILIES = (
     "moe_combine",
     "sampling",
     "elementwise",
+    "marlin",
 )
 TOKENS = (1, 8, 32, 128, 512, 4096)
 #: Part of the copy bandwidth that an op should reach where its size allows it.
 GOAL = 0.85
 #: Logits of more rows than a server samples at once would only fill the memory.
 MOST_TOKENS = {"sampling": 512}
-#: Decoding sequences and one prefill, instead of tokens.
-SIZES = {"attention": (1, 8, 32, 2048)}
-#: References that walk over sequences on the host: inductor is not asked. Their peer is torch's own attention.
-NOT_COMPILED = ("attention", "paged_attention")
+#: Decoding sequences and one prefill, instead of tokens; weights have none.
+SIZES = {"attention": (1, 8, 32, 2048), "marlin": (1,)}
+#: References that walk over sequences or experts on the host, or are not what one would write: inductor is not asked.
+NOT_COMPILED = ("attention", "paged_attention", "marlin_dequantize_out", "marlin_gemm", "marlin_repack")
 
 
 def has_kernel(op: str) -> bool:

@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def("kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def(
+      "marlin_dequantize_out(Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? expert_offsets, "
+      "int group_size, int bits, bool interleaved, Tensor(a!) out) -> ()");
+  m.def(
       "marlin_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "Tensor(a!) workspace, int out_features, int group_size, int bits, str reduction, int max_sms) -> Tensor");
   m.def(

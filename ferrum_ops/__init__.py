@@ -21,6 +21,7 @@ from ferrum_ops.ops.gptq import gptq_dequantize, gptq_gemm
 from ferrum_ops.ops.int4 import int4_linear, int4_pack, int4_unpack, int8_linear
 from ferrum_ops.ops.kv_cache import kv_append_, paged_kv_write_, paged_kv_write_int8_
 from ferrum_ops.ops.marlin import (
+    marlin_dequantize_out,
     marlin_gemm,
     marlin_permute_scales,
     marlin_repack,
@@ -72,6 +73,7 @@ __all__ = [
     "int8_linear",
     "kv_append_",
     "layer_norm",
+    "marlin_dequantize_out",
     "marlin_gemm",
     "marlin_moe_gemm",
     "marlin_permute_scales",

@@ -25,6 +25,7 @@ INFRASTRUCTURE = {
 #: Ops without a kernel of their own on CPU, and why they need none.
 NO_CPU_KERNEL = {
     "gptq_moe_gemm": "experts on the CPU are re-packed at load for moe_experts_int4",
+    "marlin_dequantize_out": "a layout for tensor cores; the reference is its meaning",
     "marlin_gemm": "a layout for tensor cores; the reference is its meaning",
     "marlin_moe_gemm": "a layout for tensor cores; the reference is its meaning",
     "marlin_permute_scales": "data movement at load",
@@ -258,6 +259,7 @@ int4_unpack(Tensor packed, Tensor? perm, int in_features, int out_features) -> T
 int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size, str activation) -> Tensor
 kv_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_lens) -> ()
 layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor
+marlin_dequantize_out(Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? expert_offsets, int group_size, int bits, bool interleaved, Tensor(a!) out) -> ()
 marlin_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor(a!) workspace, int out_features, int group_size, int bits, str reduction, int max_sms) -> Tensor
 marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor sorted_token_ids, Tensor block_ids, Tensor total_post_pad, Tensor? topk_weights, Tensor(a!) workspace, int top_k, int block_size, int out_features, int group_size, int bits, str epilogue, str reduction, int max_sms, int slots) -> Tensor
 marlin_permute_scales(Tensor scales, int in_features, int group_size) -> Tensor

@@ -19,6 +19,9 @@ gptq_marlin.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ferrum_ops.formats import gptq
@@ -296,11 +299,93 @@ def dequantize(
     rows, columns = packed.shape[-2] * TILE_ROWS, packed.shape[-1] * 2 // bits
     check_sizes(op, rows, columns, bits)
     check_words(op, "packed", packed, (rows // TILE_ROWS, columns * bits // 2))
+    zeros_shape = (*packed.shape[:-2], gptq.num_groups(rows, group_size), columns * bits // 32)
+    if zeros is not None and (zeros.dtype != torch.int32 or zeros.shape != zeros_shape):
+        raise ValueError(f"[{op}] zeros: expected int32 {zeros_shape}, got {describe(zeros)}")
     group = torch.arange(rows, device=packed.device) // max(gptq.effective_group_size(rows, group_size), 1)
     scale = unpermute_scales(scales, rows, group_size, op).to(dtype)[..., group, :]
     codes = _untile(packed, bits).to(dtype)
     zero = 2 ** (bits - 1) if zeros is None else unpack_zeros(zeros, bits).to(dtype)[..., group, :]
     return (codes - zero) * scale
+
+
+def check_dense(
+    op: str,
+    packed: torch.Tensor,
+    perm: torch.Tensor | None,
+    expert_offsets: torch.Tensor | None,
+    bits: int,
+    interleaved: bool,
+    out: torch.Tensor,
+) -> None:
+    """Raise ValueError unless `out` can take the weights of `packed` (`dequantize` checks packed, scales and zeros)."""
+    check_sizes(op, 0, 0, bits)
+    experts, lead = packed.shape[:-2], "".join(f"{e}, " for e in packed.shape[:-2])
+    if packed.dtype != torch.int32 or packed.dim() not in (2, 3):
+        raise ValueError(f"[{op}] packed: expected int32 ({lead}R/16, N*{bits}/2), got {describe(packed)}")
+    rows, columns = packed.shape[-2] * TILE_ROWS, packed.shape[-1] * 2 // bits
+    fits = out.is_floating_point() and out.dim() == packed.dim() and out.shape[:-2] == experts
+    fits = fits and (perm is not None or out.shape[-2] <= rows) and out.shape[-1] <= columns
+    if not fits or (interleaved and out.shape[-1] % 2):
+        even = " and even" if interleaved else ""
+        expected = f"floating ({lead}K, N), K up to {rows}, N up to {columns}{even}"
+        raise ValueError(f"[{op}] out: expected {expected}, got {describe(out)}")
+    if out.numel():
+        apart = [s >= n for size, s, n in zip(out.shape[:-1], out.stride(), _strides_of_rows(out)) if size > 1]
+        if not all(apart) or (out.shape[-1] > 1 and out.stride(-1) != 1):
+            raise ValueError(f"[{op}] out: expected contiguous rows that do not overlap, got strides {out.stride()}")
+    if perm is not None and (perm.dtype != torch.int32 or perm.shape != (*experts, rows)):
+        raise ValueError(f"[{op}] perm: expected int32 ({lead}{rows}), got {describe(perm)}")
+    if expert_offsets is not None:
+        per_expert = experts and expert_offsets.shape == (experts[0] + 1,)
+        if expert_offsets.dtype != torch.int32 or not per_expert or not expert_offsets.is_contiguous():
+            expected = "contiguous int32 (E + 1,) for a stack of E matrices"
+            raise ValueError(f"[{op}] expert_offsets: expected {expected}, got {describe(expert_offsets)}")
+
+
+def _strides_of_rows(out: torch.Tensor) -> list[int]:
+    """The least strides of matrices `[..., K, N]` and their rows that do not overlap."""
+    return [out.shape[-2] * out.stride(-2)] * (out.dim() - 2) + [out.shape[-1]]
+
+
+def dequantize_into(
+    out: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    expert_offsets: torch.Tensor | None,
+    group_size: int,
+    bits: int,
+    interleaved: bool,
+    op: str = "marlin",
+) -> None:
+    """Weights into `out` `[..., K, N]`, rows in their old order; arguments are those of `marlin_dequantize_out`.
+
+    One matrix of a stack after another: the work takes the memory of one.
+    """
+    check_dense(op, packed, perm, expert_offsets, bits, interleaved, out)
+    in_features, columns = out.shape[-2:]
+    if perm is not None and perm.device.type == "cpu":
+        check_perm_values(op, perm, in_features)
+    compute = torch.promote_types(out.dtype, torch.float32)
+    count = packed.shape[0] if packed.dim() == 3 else 1
+    named = None if expert_offsets is None else expert_offsets[1:] > expert_offsets[:-1]
+
+    def each(t: torch.Tensor | None) -> Sequence[Any]:
+        return [None] * count if t is None else [t] if packed.dim() == 2 else t.unbind()
+
+    stacks = (packed, scales, zeros, perm, named, out)
+    for words, scale, zero, order, wanted, dense in zip(*map(each, stacks)):
+        weight = dequantize(words, scale, zero, group_size, bits, compute, op).to(out.dtype)
+        if interleaved:
+            weight = torch.cat([half[:, : columns // 2] for half in split_gate_up(weight)], dim=1)
+        if order is None:
+            rows = weight[:in_features, :columns]
+        else:  # padding rows go to a row more
+            index = torch.where((order >= 0) & (order < in_features), order, in_features).long()
+            rows = torch.nn.functional.pad(dense, (0, 0, 0, 1)).index_copy(0, index, weight[:, :columns])[:-1]
+        dense.copy_(rows if wanted is None else torch.where(wanted, rows, dense))
 
 
 def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

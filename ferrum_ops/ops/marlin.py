@@ -157,6 +157,44 @@ def marlin_gemm(
     return torch.ops.ferrum.marlin_gemm(x, packed, scales, zeros, perm, bias, workspace, *values)
 
 
+def marlin_dequantize_out(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    expert_offsets: torch.Tensor | None,
+    group_size: int,
+    bits: int,
+    interleaved: bool,
+    out: torch.Tensor,
+) -> None:
+    """Write the weights of the Marlin layout into `out`, rows in their old order: `x @ out` is the product with them.
+
+    packed, scales and zeros may be views as for `marlin_gemm`, which for `interleaved` have whole pairs of runs.
+
+    Args:
+        packed, scales, zeros, perm: as for `marlin_gemm`, or with E leading for a stack of E matrices. A perm names
+            every row of `[0, K)` once.
+        expert_offsets: int32 `[E+1]` from `moe_build_pairs_by_token`: the matrix of expert e is written only where rows
+            are its, `expert_offsets[e + 1] > expert_offsets[e]`. None: all are.
+        group_size, bits: as for `marlin_gemm`.
+        interleaved: the columns are runs of gate and up (`formats.marlin.interleave_gate_up`); `out` has those of gate
+            and then as many of up.
+        out: `[K, N]` or `[E, K, N]` of float32, float16 or bfloat16; K and N at most the rows and columns of packed,
+            whose other ones are padding. Rows contiguous and apart from each other, best at multiples of 16 bytes.
+
+    A weight is `(code - zero) * scale` in fp32, rounded to out's dtype.
+
+    Raises ValueError for sizes, shapes, dtypes or strides that do not fit, and on the CPU for a perm that does not hold
+    every row once; on another device rows that no entry names are left as they are. RuntimeError where scales or out
+    require grad.
+    """
+    refuse_grad("marlin_dequantize_out", scales, out)
+    torch.ops.ferrum.marlin_dequantize_out(
+        packed, scales, zeros, perm, expert_offsets, group_size, bits, interleaved, out
+    )
+
+
 def _expect(op: str, name: str, good: bool, expected: str, got: object) -> None:
     if not good:
         described = marlin.describe(got) if isinstance(got, torch.Tensor) else repr(got)
@@ -282,6 +320,22 @@ def marlin_gemm_ref(
     return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
+def marlin_dequantize_out_ref(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    expert_offsets: torch.Tensor | None,
+    group_size: int,
+    bits: int,
+    interleaved: bool,
+    out: torch.Tensor,
+) -> None:
+    marlin.dequantize_into(
+        out, packed, scales, zeros, perm, expert_offsets, group_size, bits, interleaved, "marlin_dequantize_out"
+    )
+
+
 def _marlin_gemm_of_tuple(*args: Any) -> torch.Tensor:
     return torch.ops.ferrum.marlin_gemm(*args[:6], *args[6], *args[7:])
 
@@ -317,6 +371,20 @@ def marlin_gemm_backward(
 
 
 _differentiable_marlin_gemm = differentiable(_marlin_gemm_of_tuple, marlin_gemm_backward)
+
+
+def marlin_dequantize_out_fake(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    expert_offsets: torch.Tensor | None,
+    group_size: int,
+    bits: int,
+    interleaved: bool,
+    out: torch.Tensor,
+) -> None:
+    marlin.check_dense("marlin_dequantize_out", packed, perm, expert_offsets, bits, interleaved, out)
 
 
 def marlin_repack_zeros_fake(qzeros: torch.Tensor, out_features: int, bits: int, zero_offset: int) -> torch.Tensor:
@@ -526,4 +594,31 @@ register(
     ref=marlin_gemm_ref,
     fake=marlin_gemm_fake,
     inputs=marlin_gemm_inputs,
+)
+
+
+def marlin_dequantize_out_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    def zeroed(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    for bits in marlin.SUPPORTED_BITS:
+        packed, scales, zeros, perm = random_marlin(96, 128, 32, bits, device, asymmetric=True, act_order=True)
+        yield packed, scales, zeros, perm, None, 32, bits, False, zeroed(96, 125)
+        yield packed, scales, None, None, None, 32, bits, True, zeroed(90, 128)
+        one_group = random_marlin(48, 64, -1, bits, device)
+        stack = [torch.stack((t, t)) for t in one_group[:2]]
+        offsets = torch.tensor([0, 0, 3], device=device, dtype=torch.int32)
+        yield *stack, None, None, offsets, -1, bits, True, zeroed(2, 48, 80)[..., 8:70]
+    # The second half of the columns, into the first half of wider rows.
+    packed, scales, zeros, _ = random_marlin(160, 128, 16, 4, device, asymmetric=True)
+    assert zeros is not None
+    yield packed[:, 128:], scales[:, 64:], zeros[:, 8:], None, None, 16, 4, False, zeroed(160, 128)[:, :64]
+    yield *one_group, None, -1, 8, False, zeroed(0, 64)
+
+
+register(
+    "marlin_dequantize_out",
+    ref=marlin_dequantize_out_ref,
+    fake=marlin_dequantize_out_fake,
+    inputs=marlin_dequantize_out_inputs,
 )

@@ -4,7 +4,17 @@ import importlib
 import importlib.util
 import inspect
 
-EMULATED = ("activation", "elementwise", "kv_cache", "marlin", "marlin_wgmma", "moe_gemm", "norm", "rope")
+EMULATED = (
+    "activation",
+    "elementwise",
+    "kv_cache",
+    "marlin",
+    "marlin_layout",
+    "marlin_wgmma",
+    "moe_gemm",
+    "norm",
+    "rope",
+)
 MODULES = {family: f"tests.emulation.test_{family}" for family in EMULATED}
 if importlib.util.find_spec("triton") is not None:
     MODULES["attention"] = "tests.triton.test_attention"

@@ -78,6 +78,30 @@ SHIPPED = {
     "wgmma-stages-aligned": Mutation("marlin_wgmma.cuh", "(config, p, kSwizzleBytes);", "(config, p, 16);"),
     "wgmma-start-aligned": Mutation("marlin_wgmma.cuh", "bytes + (kSwizzleBytes - shared_address(bytes) % kSwizzleBytes) % kSwizzleBytes;", "bytes;"),
     "wgmma-shared-bytes": Mutation("marlin_wgmma.cuh", "grid.shared_bytes += kSwizzleBytes;", "grid.shared_bytes += 0;"),
+    # marlin_dequantize, marlin_pack, marlin_runs
+    "dense-last-warp": Mutation("marlin_dequantize.cu", "  if (first >= d.row_tiles) {\n    return;\n  }\n", ""),
+    "dense-next-span": Mutation("marlin_dequantize.cu", "if (tile + 1 < last) {", "if (true) {"),
+    "dense-group": Mutation("marlin_dequantize.cu", "if (tile == first || tile % d.group_tiles == 0) {", "if (tile == first) {"),
+    "dense-first-group": Mutation("marlin_dequantize.cu", "if (tile == first || tile % d.group_tiles == 0) {", "if (tile % d.group_tiles == 0) {"),
+    "dense-one-group": Mutation("marlin_dequantize.cu", "d.one_group ? run / 4", "false ? run / 4"),
+    "dense-zeros": Mutation("marlin_dequantize.cu", "run % 2 * 16 + run / 2 * 4", "run * 4"),
+    "dense-zeros-of-8-bits": Mutation("marlin_dequantize.cu", "2 * i + run / 4)]", "2 * i)]"),
+    "dense-up": Mutation("marlin_dequantize.cu", "all_runs % 2 * half + first", "all_runs % 2 * kMarlinUnit + first"),
+    "dense-columns": Mutation("marlin_dequantize.cu", "d.vectors && place.count == 8 &&", "d.vectors &&"),
+    "dense-alignment": Mutation("marlin_dequantize.cu", "&& d.out_row % piece == 0", ""),
+    "dense-rows": Mutation("marlin_dequantize.cu", "row >= 0 && row < d.in_features &&", "row >= 0 &&"),
+    "dense-negative-row": Mutation("marlin_dequantize.cu", "row >= 0 && row < d.in_features &&", "row < d.in_features &&"),
+    "dense-experts": Mutation("marlin_dequantize.cu", "d.offsets[expert + 1] <= d.offsets[expert]", "d.offsets[expert + 1] < d.offsets[expert]"),
+    "dense-perm-of-expert": Mutation("marlin_dequantize.cu", "d.perm[expert * d.perm_expert + row", "d.perm[row"),
+    "repack-units": Mutation("marlin_pack.cu", "  if (unit >= r.units) {\n    return;\n  }\n", ""),
+    "repack-rows": Mutation("marlin_pack.cu", "row >= 0 && row < r.in_features;", "row < r.in_features;"),
+    "repack-padding": Mutation("marlin_pack.cu", "inside ? 0 : kMiddle", "0"),
+    "repack-strides": Mutation("marlin_pack.cu", "r.vectors = r.column_stride == 1 &&", "r.vectors ="),
+    "repack-alignment": Mutation("marlin_pack.cu", "reinterpret_cast<uintptr_t>(r.qweight) % 16 == 0 &&", ""),
+    "repack-perm-of-expert": Mutation("marlin_pack.cu", "r.perm[expert * r.perm_expert + row", "r.perm[row"),
+    "runs-of-a-lane": Mutation("marlin_runs.cuh", "first_row = low + 8 * (p % 2)", "first_row = low + 8 * (p / 4)"),
+    "runs-transposed-once": Mutation("marlin_runs.cuh", "swap_parts_with_pair<4>(words[i], 4);", ""),
+    "runs-wrong-lane": Mutation("marlin_runs.cuh", "swap_with_pair(words[kTile + i], words[3 * kTile + i], 2);", "swap_with_pair(words[kTile + i], words[3 * kTile + i], 1);"),
     # moe_combine
     "combine-row-bound": Mutation("moe_combine.cu", "row < sums.num_rows", "row <= sums.num_rows"),
     "combine-skipped-pair": Mutation("moe_combine.cu", "if (row >= 0 && row", "if (row"),
@@ -148,6 +172,8 @@ SHIPPED = {
 
 def family(mutation: Mutation) -> str:
     stem = Path(mutation.file).stem
+    if stem in ("marlin_dequantize", "marlin_pack", "marlin_runs"):
+        return "marlin_layout"
     return "moe_routing" if stem.startswith("moe_routing") else stem
 
 

@@ -264,3 +264,74 @@ def test_product_compiles_whole_with_its_workspace():
     x = torch.randn(3, 64)
     compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layers(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
+@pytest.mark.parametrize("group_size", [-1, 48])
+def test_dense_weights_are_gptqs(group_size, act_order, bits):
+    weight, tensors, packed_group = projection(144, 128, group_size, bits, act_order, True)
+    out = torch.empty(144, 128, dtype=torch.float64)
+    ferrum_ops.marlin_dequantize_out(*tensors, None, packed_group, bits, False, out)
+    assert torch.equal(out, weight)
+
+
+def test_dense_weights_of_the_experts_that_have_rows():
+    stacks = [projection(64, 128, 32, 4, True, True) for _ in range(3)]
+    tensors = [torch.stack(parts) for parts in zip(*(s[1] for s in stacks))]
+    out = torch.full((3, 64, 100), 5.0)
+    ferrum_ops.marlin_dequantize_out(*tensors, torch.tensor([0, 2, 2, 4]).int(), stacks[0][2], 4, True, out)
+    assert (out[1] == 5).all()
+    for e in (0, 2):
+        gate, up = marlin.split_gate_up(stacks[e][0])
+        assert torch.equal(out[e].double(), torch.cat((gate[:, :50], up[:, :50]), dim=1))
+
+
+def good_dense():
+    _, (packed, scales, zeros, _), group = projection(64, 64, 32, 4, False, True)
+    stack = [torch.stack((t, t)) for t in (packed, scales, zeros, torch.randperm(64).int())]
+    offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
+    values = {
+        "expert_offsets": offsets,
+        "group_size": group,
+        "bits": 4,
+        "interleaved": True,
+        "out": torch.zeros(2, 64, 64),
+    }
+    return dict(zip(("packed", "scales", "zeros", "perm"), stack)) | values
+
+
+REFUSED_DENSE = [
+    ({"bits": 3}, r"bits: expected one of \(4, 8\), got 3"),
+    ({"packed": torch.zeros(2, 4, 128)}, "packed: expected int32"),
+    ({"scales": torch.zeros(2, 3, 64)}, r"scales: expected floating"),
+    ({"zeros": torch.zeros(2, 2, 4, dtype=torch.int32)}, "zeros: expected int32"),
+    ({"perm": torch.zeros(64, dtype=torch.int32)}, r"perm: expected int32 \(2, 64\), got"),
+    ({"expert_offsets": torch.zeros(2, dtype=torch.int32)}, r"expert_offsets: expected contiguous int32 \(E \+ 1,\)"),
+    ({"expert_offsets": torch.zeros(3)}, "expert_offsets: expected contiguous int32"),
+    ({"out": torch.zeros(2, 64, 65)}, "out: expected .*N up to 64 and even, got"),
+    ({"out": torch.zeros(2, 64, 63)}, "out: expected .*N up to 64 and even, got"),
+    ({"out": torch.zeros(64, 64)}, "out: expected"),
+    ({"out": torch.zeros(2, 65, 64), "perm": None}, "out: expected .*K up to 64"),
+    ({"out": torch.zeros(2, 64, 64).mT}, "out: expected"),
+    ({"out": torch.zeros(2, 64, 1).expand(2, 64, 64)}, "out: expected"),
+    ({"out": torch.zeros(64, 64).expand(2, 64, 64)}, "out: expected rows that do not overlap|out: expected contiguous"),
+    ({"out": torch.zeros(2, 64, 64, dtype=torch.int32)}, "out: expected"),
+]
+
+
+@pytest.mark.parametrize("change, message", REFUSED_DENSE)
+def test_dense_weights_refuse_by_name(change, message):
+    arguments = good_dense()
+    ferrum_ops.marlin_dequantize_out(**arguments)
+    with pytest.raises(ValueError, match=r"\[marlin_dequantize_out\] " + message):
+        ferrum_ops.marlin_dequantize_out(**{**arguments, **change})
+
+
+def test_dense_weights_want_every_row_of_a_perm():
+    arguments = good_dense()
+    arguments["perm"] = arguments["perm"].clamp_min(1)
+    with pytest.raises(ValueError, match=r"\[marlin_dequantize_out\] perm: expected every row of \[0, 64\) once"):
+        ferrum_ops.marlin_dequantize_out(**arguments)
+    with pytest.raises(RuntimeError, match=r"\[marlin_dequantize_out\] has no backward"):
+        ferrum_ops.marlin_dequantize_out(**{**arguments, "out": torch.zeros(2, 64, 64, requires_grad=True)})
