@@ -6,7 +6,8 @@ Hidden 2048, width 768, 128 experts, top 8; int4 in groups of 128 in the Marlin 
 weights and routing. Calls rotate through four layers, 1.2 GB, far more than any L2 cache. Beside `fused` (the whole
 block: align, two products, the sum over a token's slots): `bucketed`, and PyTorch's grouped product of the same weights
 in bfloat16. From 512 tokens on also what else `fused` could do there: dequantise the experts for that grouped product
-(`dequantise`), and take the wgmma kernel in blocks of 64 rows (`wgmma`, on Hopper), which nothing picks by itself. A
+(`dequantise`), and take the wgmma kernel in blocks of 64 rows (`wgmma`, on Hopper), which nothing picks by itself. Then
+prompts, by blocks and by dequantising, for the number of rows from which the latter pays (`DEQUANTIZE_MIN_ROWS`). A
 block that differs from float64 is not timed. Writes FOLDER/moe.json and FOLDER/moe.md.
 """
 
@@ -23,6 +24,8 @@ import ferrum_ops
 from benchmarks.gpu import commit
 from benchmarks.peers.interface import MoeShape
 from ferrum_models.moe import DenseExpertWeights, MarlinExpertWeights, run_experts
+from ferrum_models.moe.dequantized import has_grouped_product
+from ferrum_models.moe.plan import DEQUANTIZE_MIN_ROWS
 from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.formats.marlin import TILE_ROWS
 from ferrum_ops.testing import gpu
@@ -32,6 +35,8 @@ TOKENS = (1, 8, 32, 128, 512, 2048, 4096)
 #: Microseconds of the whole block at which it is as fast as it should be on an H200.
 GOALS = {1: 14, 8: 45, 32: 85, 128: 100, 512: 150}
 LAYERS = 4
+#: Of prompts: 128 to 1024 rows of every expert.
+PROMPTS = (2048, 4096, 6400, 8192, 16384)
 #: Rows above which launches for single buckets are too many to be of interest.
 MOST_BUCKETED = 32
 #: Rows from which products may be bound by computing, and the block size of wgmma's tiles.
@@ -85,10 +90,10 @@ def check(
         one = {name: getattr(weights, name)[..., e : e + 1, :, :] for name in ("w13", "w13_scales", "w2", "w2_scales")}
         gate_up, down = MarlinExpertWeights.rebuild(
             [one.get(name, tensor) for name, tensor in zip(weights.tensor_fields, weights.tensors())], weights.spec()
-        ).dense(torch.float64)
+        ).dense(torch.float32)  # exact: differences of codes times scales of 11 bits
         tokens, slots = torch.where(ids == e)
-        gate, up = (hidden[tokens].double() @ gate_up[0].T).chunk(2, -1)
-        rows = (torch.nn.functional.silu(gate) * up) @ down[0].T
+        gate, up = (hidden[tokens].double() @ gate_up[0].double().T).chunk(2, -1)
+        rows = (torch.nn.functional.silu(gate) * up) @ down[0].double().T
         expected[tokens] += topk_weights[tokens, slots, None].double() * rows
     # The activation is rounded between the products, and so is each slot before the sum.
     assert_close("marlin_moe_gemm", got, expected, 3 * tolerance("marlin_moe_gemm", torch.bfloat16))
@@ -117,7 +122,7 @@ def measure(
     candidates = {name: calls(name, layers) for name in names}
     if dense:
         candidates["grouped_mm"] = calls("fused", dense)
-    if tokens >= LEAST_COMPUTE_BOUND:
+    if tokens >= LEAST_COMPUTE_BOUND and has_grouped_product(torch.device(gpu.DEVICE)):
         candidates["dequantise"] = calls("fused", [replace(layer, grouped=False) for layer in layers])
     if tokens >= LEAST_COMPUTE_BOUND and gpu.has_wgmma():
         wide = [replace(layer, block_size=WGMMA_BLOCK) for layer in layers]
@@ -128,6 +133,52 @@ def measure(
         timings = gpu.compare(candidates)
     active = sum(ids.unique().numel() for _, ids, _ in sets) / len(sets)
     return row_of(block, tokens, active, {name: t.median for name, t in timings.items()}, bandwidth)
+
+
+def measure_prompt(block: MoeShape, layers: list[MarlinExpertWeights], tokens: int) -> dict[str, Any]:
+    """Both paths of `fused` at one number of rows per expert."""
+    sets = [random_inputs(block, tokens, "cuda") for _ in layers]
+    paths = {
+        "blocks": [replace(layer, dequantize_min_rows=0) for layer in layers],
+        "dense": [replace(layer, dequantize_min_rows=1) for layer in layers],
+    }
+    for weights in paths.values():
+        check("fused", weights[0], sets[0])
+    calls = {
+        name: [lambda w=w, s=s: run_experts("fused", *s, w) for w, s in zip(weights, sets)]
+        for name, weights in paths.items()
+    }
+    with torch.no_grad():
+        timings = gpu.compare(calls)
+    seconds = {f"{name}_us": timing.median * 1e6 for name, timing in timings.items()}
+    return {"tokens": tokens, "rows": tokens * block.top_k / block.experts, **seconds}
+
+
+def crossover(prompts: list[dict[str, Any]]) -> float | None:
+    """Rows per expert from which on dequantising pays, on a line between the sizes measured; None: at none of them."""
+    gains = [(row["rows"], row["blocks_us"] - row["dense_us"]) for row in sorted(prompts, key=lambda row: row["rows"])]
+    lost = [i for i, (_, gain) in enumerate(gains) if gain < 0]
+    if not gains or lost[-1:] == [len(gains) - 1]:
+        return None
+    if not lost:
+        return gains[0][0]
+    (rows, loss), (next_rows, gain) = gains[lost[-1]], gains[lost[-1] + 1]
+    return rows + (next_rows - rows) * loss / (loss - gain)
+
+
+def prompt_table(prompts: list[dict[str, Any]]) -> str:
+    lines = [
+        "| tokens | rows per expert | blocks us | dequantised us | blocks / dequantised |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for row in prompts:
+        ratio = row["blocks_us"] / row["dense_us"]
+        lines.append(
+            f"| {row['tokens']} | {row['rows']:.0f} | {row['blocks_us']:.0f} | {row['dense_us']:.0f} | {ratio:.2f} |"
+        )
+    from_rows = crossover(prompts)
+    pays = "at no size measured" if from_rows is None else f"from {from_rows:.0f} rows per expert"
+    return "\n".join([*lines, "", f"Dequantising pays {pays}; it is taken from {DEQUANTIZE_MIN_ROWS}.", ""])
 
 
 def row_of(block: MoeShape, tokens: int, active: float, seconds: dict[str, float], bandwidth: float) -> dict[str, Any]:
@@ -191,7 +242,21 @@ def main() -> None:
         # What is finished is on disk, should the machine be taken away.
         (args.out / "moe.json").write_text(json.dumps(head | {"rows": rows, "notes": notes}, indent=1))
         (args.out / "moe.md").write_text(markdown(head, rows, notes))
-    print(markdown(head, rows, notes))
+    table, prompts = markdown(head, rows, notes), list[dict[str, Any]]()
+    for tokens in PROMPTS if has_grouped_product(torch.device(gpu.DEVICE)) else ():
+        if time.monotonic() - started > args.seconds:
+            notes.append(f"prompt of {tokens} tokens: not reached in {args.seconds:.0f} s")
+            continue
+        try:
+            prompts.append(measure_prompt(block, layers, tokens))
+        except AssertionError as error:
+            notes.append(f"prompt of {tokens} tokens: wrong, not timed: {error}")
+        table = markdown(head, rows, notes) + "\n" + prompt_table(prompts)
+        (args.out / "moe.json").write_text(
+            json.dumps(head | {"rows": rows, "prompts": prompts, "notes": notes}, indent=1)
+        )
+        (args.out / "moe.md").write_text(table)
+    print(table)
     if any("wrong, not timed" in note for note in notes):
         raise SystemExit(1)
 

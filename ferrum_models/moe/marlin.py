@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import ferrum_ops
+from ferrum_models.moe.dequantized import dequantized_experts, has_grouped_product
 from ferrum_models.moe.plan import (
     DEQUANTIZE_MIN_ROWS,
     PAIR_BLOCK,
@@ -18,14 +18,11 @@ from ferrum_models.moe.plan import (
 )
 from ferrum_models.moe.profile import phase
 from ferrum_models.moe.streams import Lanes
-from ferrum_models.moe.weights import ExpertWeights, grouped_experts, register_layout
+from ferrum_models.moe.weights import ExpertWeights, register_layout
 from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.formats import marlin
 
 Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-#: Experts dequantised at a time: what the work takes besides its result.
-EXPERTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -233,11 +230,12 @@ class MarlinExpertWeights(ExpertWeights):
             self.num_experts,
             hidden.dtype,
             grouped=self.grouped,
+            grouped_product=has_grouped_product(hidden.device),
             dequantize_min_rows=self.dequantize_min_rows,
             **self._block_size_arguments(),
         )
         if config.path == "dense":
-            return grouped_experts(hidden, topk_ids, topk_weights, *self.dense(hidden.dtype))
+            return dequantized_experts(self, hidden, topk_ids, topk_weights)
         if not self.pair_ids:
             pairs, sources, _ = ferrum_ops.moe_build_pairs_by_token(topk_ids, self.num_experts)
             blocks = Blocks(
@@ -295,32 +293,17 @@ class MarlinExpertWeights(ExpertWeights):
 
     def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights `[E, 2I, H]`, gate first, and `[E, H, I]`."""
-        experts, width = self.num_experts, self.intermediate_size
-        gate_up = self.w2.new_empty((experts, 2 * width, self.hidden_size), dtype=dtype)
-        down = self.w2.new_empty((experts, self.hidden_size, width), dtype=dtype)
-        for some in _chunks(experts, EXPERTS_AT_ONCE):
-            if self.w13.shape[0] == 1:
-                halves = marlin.split_gate_up(self._dequantized("w13", (0, some), self.hidden_size, dtype))
-            else:
-                halves = tuple(self._dequantized("w13", (part, some), self.hidden_size, dtype) for part in (0, 1))
-            for part, half in enumerate(halves):
-                gate_up[some, part * width : (part + 1) * width] = half[..., :width].transpose(1, 2)
-            down[some] = self._dequantized("w2", (some,), width, dtype)[..., : self.hidden_size].transpose(1, 2)
-        return gate_up, down
+        experts, hidden, width = self.num_experts, self.hidden_size, self.intermediate_size
+        gate_up = self.w2.new_empty((experts, hidden, 2 * width), dtype=dtype)
+        down = self.w2.new_empty((experts, width, hidden), dtype=dtype)
+        if self.w13.shape[0] == 1:
+            self._dequantize("w13", (0,), True, gate_up)
+        else:
+            for part in (0, 1):
+                self._dequantize("w13", (part,), False, gate_up[..., part * width : (part + 1) * width])
+        self._dequantize("w2", (), False, down)
+        return gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
 
-    def _dequantized(self, name: str, index: tuple[Any, ...], in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[experts, K, C]`, rows in the order of hidden's (or the activation's) columns."""
-        packed, scales, zeros, perm = self.matrix(name, index)
+    def _dequantize(self, name: str, index: tuple[int, ...], interleaved: bool, out: torch.Tensor) -> None:
         group_size, bits = getattr(self, f"{name}_group_size"), getattr(self, f"{name}_bits")
-        weight = marlin.dequantize(packed, scales, zeros, group_size, bits).to(dtype)
-        if perm is None:
-            return weight[:, :in_features]
-        # Padding rows go to a row more.
-        row = torch.where((perm >= 0) & (perm < in_features), perm, in_features).long().unsqueeze(-1)
-        ordered = weight.new_zeros(weight.shape[0], in_features + 1, weight.shape[2])
-        return ordered.scatter_(1, row.expand_as(weight), weight)[:, :in_features]
-
-
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+        ferrum_ops.marlin_dequantize_out(*self.matrix(name, index), None, group_size, bits, interleaved, out)

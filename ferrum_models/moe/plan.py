@@ -88,7 +88,7 @@ def pick_moe_block_size(
 
 
 #: Rows per expert, on average, from which dequantising the experts pays; see docs/tuning.md.
-DEQUANTIZE_MIN_ROWS = 2048
+DEQUANTIZE_MIN_ROWS = 400
 #: Rows of a block that holds one pair: the smallest tile there is.
 PAIR_BLOCK = 8
 #: (most rows per expert on average, rows of a block). Up to 12 the time goes into reading weights, and a block should
@@ -119,6 +119,7 @@ def pick_fused_config(
     dtype: torch.dtype,
     *,
     grouped: bool = True,
+    grouped_product: bool = True,
     dequantize_min_rows: int = DEQUANTIZE_MIN_ROWS,
     override: int | None = None,
     large_m: int | None = None,
@@ -127,8 +128,9 @@ def pick_fused_config(
     """The path of `fused` and its block size. Depends on sizes only, never on the routing.
 
     One token has no two pairs on an expert: "pairs", whatever the sizes say. From `dequantize_min_rows` rows per expert
-    on (0: never) bfloat16 takes "dense"; `grouped` False takes it always. Everything else takes "blocks": of `override`
-    rows, of `large_m` from `large_m_min_pairs` pairs on, or as many as `FUSED_BLOCKS` says.
+    on (0: never) bfloat16 takes "dense" where the device has a `grouped_product` (torch's, without a host read);
+    `grouped` False takes it always. Everything else takes "blocks": of `override` rows, of `large_m` from
+    `large_m_min_pairs` pairs on, or as many as `FUSED_BLOCKS` says.
 
     Raises ValueError like `pick_moe_block_size`.
     """
@@ -140,7 +142,7 @@ def pick_fused_config(
     if tokens == 1:
         return FusedConfig("pairs", PAIR_BLOCK if override is None else override, few)
     # Elsewhere than in bfloat16 torch's grouped product is a loop on the host.
-    if dtype == torch.bfloat16 and 0 < dequantize_min_rows * num_experts <= pairs:
+    if grouped_product and dtype == torch.bfloat16 and 0 < dequantize_min_rows * num_experts <= pairs:
         return FusedConfig("dense")
     if override is not None or (large_m is not None and pairs >= large_m_min_pairs):
         return FusedConfig("blocks", configured, few)

@@ -45,7 +45,7 @@ def interleave(gate: Codes, up: Codes) -> Codes:
     def columns(name: str) -> torch.Tensor:
         halves = [getattr(half, name) for half in (gate, up)]
         padding = -halves[0].shape[1] % marlin.GATE_RUN
-        return marlin.interleave_gate_up(*(F.pad(half, (0, padding)) for half in halves))
+        return marlin.interleave_gate_up(*(_padded(half, padding) for half in halves))
 
     return Codes(columns("qweight"), columns("scales"), None if gate.zeros is None else columns("zeros"))
 
@@ -127,15 +127,15 @@ class MarlinShape:
     def pack(self, codes: Codes, perm: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Words, scales and zeros of one matrix; `perm` is what `order` gave, None when no source has one."""
         padding = self.columns - codes.qweight.shape[1]
-        qweight, in_features = F.pad(codes.qweight, (0, padding)), self.in_features
+        qweight, in_features = _padded(codes.qweight, padding), self.in_features
         if perm is None:
             in_features = self.rows
-            qweight = F.pad(qweight, (0, 0, 0, self.rows * self.bits // 32 - qweight.shape[0]))
+            qweight = _padded(qweight, 0, self.rows * self.bits // 32 - qweight.shape[0])
         words = ferrum_ops.marlin_repack(qweight, perm, in_features, self.columns, self.bits)
-        scales = ferrum_ops.marlin_permute_scales(F.pad(codes.scales, (0, padding)), self.rows, self.group_size)
+        scales = ferrum_ops.marlin_permute_scales(_padded(codes.scales, padding), self.rows, self.group_size)
         zeros = None
         if codes.zeros is not None:
-            zeros = marlin.pack_zeros(F.pad(codes.zeros, (0, padding)), self.bits)
+            zeros = marlin.pack_zeros(_padded(codes.zeros, padding), self.bits)
         return words, scales, zeros
 
     def unpack(
@@ -170,6 +170,11 @@ class MarlinShape:
             "g_idx": g_idx,
         }
         return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _padded(matrix: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:
+    """With as many more columns and rows of zeros; itself, where there are none to add."""
+    return F.pad(matrix, (0, columns, 0, rows)) if columns or rows else matrix
 
 
 def _round_up(value: int, multiple: int) -> int:

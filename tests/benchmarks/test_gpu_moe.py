@@ -1,5 +1,7 @@
 """The GPU benchmark of the expert block, as far as it runs without one: its weights, its check, its arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -47,3 +49,33 @@ GPU, torch 2, CUDA 13, commit abc: copy 4.30 TB/s. Goals are for an H200. bucket
 a note
 """,
     )
+
+
+def test_crossover():
+    def prompt(rows, blocks, dense):
+        return {"tokens": rows * 16, "rows": rows, "blocks_us": blocks, "dense_us": dense}
+
+    slow, fast = prompt(100, 50.0, 90.0), prompt(300, 160.0, 140.0)
+    assert gpu_moe.crossover([fast, slow]) == pytest.approx(100 + 200 * 40 / 60)
+    assert (
+        gpu_moe.crossover([slow]) is gpu_moe.crossover([]) is gpu_moe.crossover([fast, prompt(400, 9.0, 10.0)]) is None
+    )
+    assert gpu_moe.crossover([fast]) == 300
+    assert_expected_inline(
+        gpu_moe.prompt_table([slow, fast]),
+        """\
+| tokens | rows per expert | blocks us | dequantised us | blocks / dequantised |
+|--:|--:|--:|--:|--:|
+| 1600 | 100 | 50 | 90 | 0.56 |
+| 4800 | 300 | 160 | 140 | 1.14 |
+
+Dequantising pays from 233 rows per expert; it is taken from 400.
+""",
+    )
+
+
+def test_both_paths_of_a_prompt_pass_the_check():
+    torch.manual_seed(0)
+    weights, inputs = random_layer(SMALL, "cpu"), random_inputs(SMALL, 9, "cpu")
+    for rows in (0, 1):
+        check("fused", replace(weights, dequantize_min_rows=rows), inputs)

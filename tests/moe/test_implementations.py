@@ -1,5 +1,6 @@
 """The three implementations agree at pinned routing, in every layout and at every routing that is easy to get wrong."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,12 +19,14 @@ from ferrum_models.moe import (
     MarlinExpertWeights,
     build_device_plan,
     build_host_plan,
+    dequantized,
     pick_fused_config,
     pick_moe_block_size,
     profile,
     run_experts,
 )
 from ferrum_ops.formats import gptq, int4, marlin
+from ferrum_ops.ops.marlin import random_marlin
 from ferrum_ops.testing.compare import assert_close, relative_error
 
 E, K, H, I, GROUP = 6, 2, 48, 40, 16
@@ -289,9 +292,10 @@ class TestFusedConfig:
         assert self.pick(64, large_m=48, large_m_min_pairs=512) == FusedConfig("blocks", 48)
 
     def test_many_rows_of_every_expert_are_worth_dequantising(self):
-        assert self.pick(32767) == FusedConfig("blocks", 64)
-        assert self.pick(32768) == FusedConfig("dense")
-        assert self.pick(32768, torch.float16) == FusedConfig("blocks", 64)
+        assert self.pick(6399) == FusedConfig("blocks", 64)
+        assert self.pick(6400) == FusedConfig("dense")
+        assert self.pick(6400, torch.float16) == FusedConfig("blocks", 64)
+        assert self.pick(6400, grouped_product=False) == FusedConfig("blocks", 64)
         assert self.pick(16, dequantize_min_rows=1) == FusedConfig("dense")
         assert self.pick(10**6, dequantize_min_rows=0) == FusedConfig("blocks", 64)
 
@@ -304,6 +308,50 @@ def test_dequantised_path_in_bfloat16(layouts):
     weights = replace(layouts["marlin"], dequantize_min_rows=1)
     got = weights.fused(hidden.bfloat16(), ids, topk_weights)
     assert_close("moe_experts", got, oracle(hidden.bfloat16(), ids, topk_weights, layouts["dense"]), bound=3e-2)
+
+
+@pytest.mark.parametrize("width, interleaved", [(40, False), (37, True), (160, True), (200, False)])
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_dequantised_parts_of_columns(width, interleaved, limit, monkeypatch):
+    """Of gate and up in one matrix and in two, sizes that grouped_mm does not take as they are, experts without rows."""
+    monkeypatch.setattr(dequantized, "DENSE_BYTES", limit)
+    weights = random_experts(width, hidden_size=102, interleaved=interleaved)
+    hidden, ids = torch.randn(30, 102), torch.randint(1, 4, (30, 2)).int()
+    topk_weights = torch.rand(30, 2)
+    got = weights.fused(hidden, ids, topk_weights)
+    dense = DenseExpertWeights(*weights.dense(torch.float32))
+    assert_close("moe_experts", got, oracle(hidden, ids, topk_weights, dense), bound=1e-5)
+
+
+def random_experts(width, hidden_size, interleaved):
+    """Four experts, act-ordered, whose dense path is the only one; padding columns have no scale, as the loader has it."""
+
+    def stack(in_features, out_features, parts, *lead):
+        rows, columns = -(-in_features // 64) * 64, -(-out_features * parts // 64) * 64
+        tensors = random_marlin(rows, columns * math.prod(lead), 32, 4, "cpu", asymmetric=True)[:3]
+        packed, scales, zeros = (t.unflatten(1, (*lead, -1)).movedim(0, -2).contiguous() for t in tensors)
+        natural = marlin.unpermute_scales(scales.flatten(0, -3), rows, 32).view(scales.shape)
+        natural[..., out_features * parts :] = 0
+        scales = marlin.permute_scales(natural.flatten(0, -3), rows, 32).view(scales.shape)
+        order = [
+            torch.cat((torch.randperm(in_features), torch.full((rows - in_features,), -1)))[torch.randperm(rows)]
+            for _ in range(math.prod(lead))
+        ]
+        return packed, scales, zeros, torch.stack(order).int().view(*lead, rows)
+
+    w13 = stack(hidden_size, -(-width // 8) * 8 if interleaved else width, 2 if interleaved else 1, 2 - interleaved, 4)
+    sizes = {"hidden_size": hidden_size, "intermediate_size": width, "top_k": 2, "w13_bits": 4, "w2_bits": 4}
+    constants = MarlinExpertWeights.make_constants(sizes | {"block_size": 0, "streams": 1}, torch.device("cpu"))
+    groups = {"w13_group_size": 32, "w2_group_size": 32}
+    return MarlinExpertWeights(*w13, *stack(width, hidden_size, 1, 4), **constants, **sizes, **groups, grouped=False)
+
+
+def test_column_chunks():
+    """Qwen3-30B-A3B's gate and up in two parts, down in one; never less than a unit."""
+    assert dequantized.column_chunks(768, 2 * 128 * 2048 * 2) == [slice(0, 384), slice(384, 768)]
+    assert dequantized.column_chunks(2048, 128 * 768 * 2) == [slice(0, 2048)]
+    assert dequantized.column_chunks(200, 1 << 40) == [slice(i, min(i + 64, 200)) for i in range(0, 200, 64)]
+    assert dequantized.column_chunks(0, 8) == []
 
 
 @pytest.mark.parametrize("layout", ["marlin", "marlin-rows", "marlin-dense"])
@@ -337,3 +385,12 @@ def test_profile_names_the_phases(name, phases, layouts):
     run_experts(name, *args, layouts["int4-full"])  # outside the block nothing is counted
     calls = dict(times.calls)
     assert calls == times.calls
+
+
+def test_the_dequantised_path_compiles_whole(layouts):
+    """Memory that an op fills in parts, and a question about the device."""
+    hidden, ids, topk_weights = inputs("random")
+    weights = replace(layouts["marlin"], dequantize_min_rows=1)
+    hidden = hidden.bfloat16()
+    compiled = torch.compile(weights.fused, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, ids, topk_weights), weights.fused(hidden, ids, topk_weights))
