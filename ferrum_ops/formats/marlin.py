@@ -349,7 +349,6 @@ def _strides_of_rows(out: torch.Tensor) -> list[int]:
 
 
 def dequantize_into(
-    out: torch.Tensor,
     packed: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
@@ -358,6 +357,7 @@ def dequantize_into(
     group_size: int,
     bits: int,
     interleaved: bool,
+    out: torch.Tensor,
     op: str = "marlin",
 ) -> None:
     """Weights into `out` `[..., K, N]`, rows in their old order; arguments are those of `marlin_dequantize_out`.

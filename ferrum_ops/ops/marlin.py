@@ -320,20 +320,8 @@ def marlin_gemm_ref(
     return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
-def marlin_dequantize_out_ref(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    expert_offsets: torch.Tensor | None,
-    group_size: int,
-    bits: int,
-    interleaved: bool,
-    out: torch.Tensor,
-) -> None:
-    marlin.dequantize_into(
-        out, packed, scales, zeros, perm, expert_offsets, group_size, bits, interleaved, "marlin_dequantize_out"
-    )
+def marlin_dequantize_out_ref(*args: Any) -> None:
+    marlin.dequantize_into(*args, op="marlin_dequantize_out")
 
 
 def _marlin_gemm_of_tuple(*args: Any) -> torch.Tensor:
@@ -373,17 +361,8 @@ def marlin_gemm_backward(
 _differentiable_marlin_gemm = differentiable(_marlin_gemm_of_tuple, marlin_gemm_backward)
 
 
-def marlin_dequantize_out_fake(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    expert_offsets: torch.Tensor | None,
-    group_size: int,
-    bits: int,
-    interleaved: bool,
-    out: torch.Tensor,
-) -> None:
+def marlin_dequantize_out_fake(*args: Any) -> None:
+    packed, _, _, perm, expert_offsets, _, bits, interleaved, out = args
     marlin.check_dense("marlin_dequantize_out", packed, perm, expert_offsets, bits, interleaved, out)
 
 

@@ -16,7 +16,7 @@ def dequantized(kernel, out, packed, scales, zeros, perm, group_size, bits=4, of
     args = (packed, scales, zeros, perm, offsets, group_size, bits, interleaved)
     got = kernel("marlin_dequantize_out", *args, out)[0]
     expected = out.clone()
-    marlin.dequantize_into(expected, *args)
+    marlin.dequantize_into(*args, expected)
     assert torch.equal(got, expected)
     return got
 
