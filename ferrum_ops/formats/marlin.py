@@ -358,7 +358,7 @@ def dequantize_into(
     bits: int,
     interleaved: bool,
     out: torch.Tensor,
-    op: str = "marlin",
+    op: str = "marlin_dequantize_out",
 ) -> None:
     """Weights into `out` `[..., K, N]`, rows in their old order; arguments are those of `marlin_dequantize_out`.
 

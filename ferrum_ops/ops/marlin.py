@@ -321,7 +321,7 @@ def marlin_gemm_ref(
 
 
 def marlin_dequantize_out_ref(*args: Any) -> None:
-    marlin.dequantize_into(*args, op="marlin_dequantize_out")
+    marlin.dequantize_into(*args)
 
 
 def _marlin_gemm_of_tuple(*args: Any) -> torch.Tensor:
