@@ -10,7 +10,9 @@ from ferrum_models.checkpoint import CheckpointError
 from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint
 from ferrum_ops.formats.gguf import FLOAT_TYPES
 
-ARCHITECTURE = "qwen3moe"
+#: llama.cpp's names of what this model is. Dense Qwen3 is Qwen3-MoE without a sparse layer. (Llama is not: it has no
+#: norms of queries and keys, and its rows of q and k are in another order in these files.)
+MOE, DENSE = "qwen3moe", "qwen3"
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 #: Keys whose other values mean a model this one is not, and the values that mean it is.
@@ -21,26 +23,28 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention.sliding_window": (0,),
     "attention.causal": (True,),
 }
+#: Sizes that a file must have, and those that experts add.
+SIZES = ("block_count", "embedding_length", "attention.head_count")
+EXPERT_SIZES = ("expert_count", "expert_used_count")
 
 
 def qwen3_moe_config(checkpoint: GgufCheckpoint) -> Qwen3MoeConfig:
     """Raises CheckpointError for another architecture, a missing key or a value that this model has no place for."""
     architecture = checkpoint.value("general.architecture", str)
-    if architecture != ARCHITECTURE:
-        raise CheckpointError(checkpoint.path, None, f"general.architecture {ARCHITECTURE!r}", repr(architecture))
+    if architecture not in (MOE, DENSE):
+        raise CheckpointError(checkpoint.path, None, f"general.architecture {MOE!r} or {DENSE!r}", repr(architecture))
 
     def get(key: str, types: Any = int, default: Any = None) -> Any:
-        return checkpoint.value(f"{ARCHITECTURE}.{key}", types, default)
+        return checkpoint.value(f"{architecture}.{key}", types, default)
 
     for key, allowed in FIXED.items():
-        if (found := checkpoint.metadata.get(f"{ARCHITECTURE}.{key}", allowed[0])) not in allowed:
-            raise CheckpointError(checkpoint.path, None, f"{ARCHITECTURE}.{key} {allowed[0]}", repr(found))
-    keys = ("block_count", "embedding_length", "attention.head_count", "expert_count", "expert_used_count")
-    sizes = {key: get(key) for key in keys}
+        if (found := checkpoint.metadata.get(f"{architecture}.{key}", allowed[0])) not in allowed:
+            raise CheckpointError(checkpoint.path, None, f"{architecture}.{key} {allowed[0]}", repr(found))
+    sizes = {key: get(key) for key in (*SIZES, *(EXPERT_SIZES if architecture == MOE else ()))}
     sizes["attention.head_count_kv"] = get("attention.head_count_kv", default=sizes["attention.head_count"])
     for key, size in sizes.items():
         if not 1 <= size < 1 << 20:
-            raise CheckpointError(checkpoint.path, None, f"{ARCHITECTURE}.{key} from 1 to {(1 << 20) - 1}", str(size))
+            raise CheckpointError(checkpoint.path, None, f"{architecture}.{key} from 1 to {(1 << 20) - 1}", str(size))
     hidden, heads, kv_heads = (
         sizes[k] for k in ("embedding_length", "attention.head_count", "attention.head_count_kv")
     )
@@ -48,34 +52,51 @@ def qwen3_moe_config(checkpoint: GgufCheckpoint) -> Qwen3MoeConfig:
         raise CheckpointError(
             checkpoint.path, None, f"a divisor of {heads} query heads as head_count_kv", str(kv_heads)
         )
-    if sizes["expert_used_count"] > sizes["expert_count"]:
-        expected = f"{ARCHITECTURE}.expert_used_count of at most {sizes['expert_count']}"
-        raise CheckpointError(checkpoint.path, None, expected, str(sizes["expert_used_count"]))
     head_dim = get("attention.key_length", default=hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := get(key, default=head_dim)) != head_dim:
-            raise CheckpointError(checkpoint.path, None, f"{ARCHITECTURE}.{key} {head_dim}, the key length", str(found))
-    width = get("expert_feed_forward_length", default=_rows_of_experts(checkpoint))
+            raise CheckpointError(checkpoint.path, None, f"{architecture}.{key} {head_dim}, the key length", str(found))
     rope_theta = get("rope.freq_base", float, 10000.0)
     return Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         vocab_size=_vocabulary(checkpoint),
         hidden_size=hidden,
-        intermediate_size=get("feed_forward_length", default=width),
         num_hidden_layers=sizes["block_count"],
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=get("context_length"),
         rms_norm_eps=get("attention.layer_norm_rms_epsilon", float),
-        rope_parameters={"rope_theta": rope_theta, **_rope_scaling(checkpoint)},
-        num_experts=sizes["expert_count"],
-        num_experts_per_tok=sizes["expert_used_count"],
-        moe_intermediate_size=width,
-        norm_topk_prob=get("expert_weights_norm", bool, True),  # not stored by most writers, and true of the family
+        rope_parameters={"rope_theta": rope_theta, **_rope_scaling(checkpoint, f"{architecture}.rope.scaling")},
         tie_word_embeddings=_ties_dense_embedding(checkpoint),
+        **(_experts(checkpoint) if architecture == MOE else _no_experts(checkpoint, sizes["block_count"])),
         **token_ids(checkpoint),
     )
+
+
+def _experts(checkpoint: GgufCheckpoint) -> dict[str, Any]:
+    def get(key: str, types: Any = int, default: Any = None) -> Any:
+        return checkpoint.value(f"{MOE}.{key}", types, default)
+
+    count, used = get("expert_count"), get("expert_used_count")
+    if used > count:
+        raise CheckpointError(checkpoint.path, None, f"{MOE}.expert_used_count of at most {count}", str(used))
+    width = get("expert_feed_forward_length", default=_rows_of_experts(checkpoint))
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": width,
+        "intermediate_size": get("feed_forward_length", default=width),
+        "norm_topk_prob": get("expert_weights_norm", bool, True),  # not stored by most, and true of the family
+    }
+
+
+def _no_experts(checkpoint: GgufCheckpoint, layers: int) -> dict[str, Any]:
+    """Of a model all of whose layers are dense."""
+    return {
+        "mlp_only_layers": list(range(layers)),
+        "intermediate_size": checkpoint.value(f"{DENSE}.feed_forward_length", int),
+    }
 
 
 def _ties_dense_embedding(checkpoint: GgufCheckpoint) -> bool:
@@ -97,9 +118,8 @@ def _rows_of_experts(checkpoint: GgufCheckpoint) -> int | None:
     return gate.shape[1] if gate is not None and len(gate.shape) == 3 else None
 
 
-def _rope_scaling(checkpoint: GgufCheckpoint) -> dict[str, Any]:
+def _rope_scaling(checkpoint: GgufCheckpoint, prefix: str) -> dict[str, Any]:
     """transformers' rope_parameters for gguf's rope.scaling keys."""
-    prefix = f"{ARCHITECTURE}.rope.scaling"
     kind = checkpoint.value(f"{prefix}.type", str, "none")
     if kind == "none":
         return {"rope_type": "default"}

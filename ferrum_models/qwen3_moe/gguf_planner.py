@@ -20,6 +20,7 @@ from ferrum_models.quantization.modules import ConcatLinear, DenseLinear, Packed
 from ferrum_models.qwen3_moe.gguf_config import EMBEDDING, OUTPUT
 from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint, GgufTensor
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
+from ferrum_models.qwen3_moe.modeling import is_sparse_layer
 from ferrum_models.qwen3_moe.planner import Plan
 from ferrum_models.report import ModuleReport
 from ferrum_ops.formats import gguf_tiles
@@ -72,8 +73,14 @@ class GgufPlanner:
             qkv = [self.tensor(f"{block}.{name}", (width, hidden)) for name, width in widths.items()]
             self.linear(f"{layer}.self_attn.qkv_proj", qkv)
             self.linear(f"{layer}.self_attn.o_proj", [self.tensor(f"{block}.attn_output", (hidden, q_width))])
-            self.experts(f"{layer}.mlp.experts", block)
-            self.dense(f"{layer}.mlp.gate.weight", f"{block}.ffn_gate_inp", (config.num_experts, hidden))
+            if is_sparse_layer(config, i):
+                self.experts(f"{layer}.mlp.experts", block)
+                self.dense(f"{layer}.mlp.gate.weight", f"{block}.ffn_gate_inp", (config.num_experts, hidden))
+            else:
+                width = config.intermediate_size
+                gate_up = [self.tensor(f"{block}.{name}", (width, hidden)) for name in ("ffn_gate", "ffn_up")]
+                self.linear(f"{layer}.mlp.gate_up_proj", gate_up)
+                self.linear(f"{layer}.mlp.down_proj", [self.tensor(f"{block}.ffn_down", (hidden, width))])
         self.output()
         for name in sorted(self.checkpoint.tensors.keys() - self.used):
             tensor = self.checkpoint.tensors[name]

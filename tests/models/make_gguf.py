@@ -1,14 +1,16 @@
-"""Tiny Qwen3-MoE GGUF files with random weights, and transformers' model holding what is in them."""
+"""Tiny Qwen3-MoE and Qwen3 GGUF files with random weights, and transformers' model holding what is in them."""
 
 from dataclasses import dataclass, field
 
 import gguf
 import numpy as np
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ferrum_ops.formats import gguf as formats
 from ferrum_ops.formats.gguf import FLOAT_TYPES, GGMLType
+
+MLP = ("gate", "up", "down")
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Tiny:
     kv_heads: int = 2
     head_dim: int = 64
     layers: int = 2
-    experts: int = 4
+    experts: int = 4  # 0: a dense Qwen3
     top_k: int = 2
     width: int = 256
     vocabulary: int = 100
@@ -40,6 +42,13 @@ class Tiny:
             shapes["output"] = (self.vocabulary, self.hidden)
         for i in range(self.layers):
             stack = (self.experts, self.width, self.hidden)
+            experts = {
+                "ffn_gate_inp": (self.experts, self.hidden),
+                "ffn_gate_exps": stack,
+                "ffn_up_exps": stack,
+                "ffn_down_exps": (self.experts, self.hidden, self.width),
+            }
+            wide = (2 * self.width, self.hidden)
             shapes |= {
                 f"blk.{i}.{name}": shape
                 for name, shape in {
@@ -51,15 +60,21 @@ class Tiny:
                     "attn_q_norm": (self.head_dim,),
                     "attn_k_norm": (self.head_dim,),
                     "ffn_norm": (self.hidden,),
-                    "ffn_gate_inp": (self.experts, self.hidden),
-                    "ffn_gate_exps": stack,
-                    "ffn_up_exps": stack,
-                    "ffn_down_exps": (self.experts, self.hidden, self.width),
+                    **(experts if self.experts else {"ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}),
                 }.items()
             }
         return {f"{name}.weight": shape for name, shape in shapes.items()}
 
+    @property
+    def architecture(self):
+        return "qwen3moe" if self.experts else "qwen3"
+
     def keys(self):
+        experts = {
+            "expert_count": self.experts,
+            "expert_used_count": self.top_k,
+            "expert_feed_forward_length": self.width,
+        }
         return {
             "block_count": self.layers,
             "context_length": 512,
@@ -71,9 +86,7 @@ class Tiny:
             "attention.value_length": self.head_dim,
             "attention.layer_norm_rms_epsilon": 1e-6,
             "rope.freq_base": 10000.0,
-            "expert_count": self.experts,
-            "expert_used_count": self.top_k,
-            "expert_feed_forward_length": self.width,
+            **(experts if self.experts else {}),
         }
 
 
@@ -86,10 +99,11 @@ def blocks_of(name, shape, type, seed):
     return formats.random_blocks(type, rows, shape[-1], seed=seed, scale=scale).view(*shape[:-1], -1).numpy()
 
 
-def write(path, tiny, *, keys=(), drop=(), architecture="qwen3moe", tensors=(), split=None):
+def write(path, tiny, *, keys=(), drop=(), architecture=None, tensors=(), split=None):
     """Writes the file. `keys` replaces or adds metadata (without the architecture's prefix; None drops one), `drop`
     names tensors to leave out, `tensors` replaces or adds some as (name, array, type), `split` (number, count) writes
     that part of a split."""
+    architecture = architecture or tiny.architecture
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (tiny.keys() | dict(keys)).items():
         if value is not None:
@@ -135,25 +149,30 @@ def transformers_model(tiny, weights, **config):
         "vocab_size": tiny.vocabulary,
         "hidden_size": tiny.hidden,
         "intermediate_size": 2 * tiny.width,
-        "moe_intermediate_size": tiny.width,
         "num_hidden_layers": tiny.layers,
         "num_attention_heads": tiny.heads,
         "num_key_value_heads": tiny.kv_heads,
         "head_dim": tiny.head_dim,
-        "num_experts": tiny.experts,
-        "num_experts_per_tok": tiny.top_k,
-        "norm_topk_prob": True,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(settings | config))).eval().float()
+    experts = {
+        "num_experts": tiny.experts,
+        "num_experts_per_tok": tiny.top_k,
+        "moe_intermediate_size": tiny.width,
+        "norm_topk_prob": True,
+    }
+    if tiny.experts:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(settings | experts | config)))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**(settings | config)))
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for i in range(tiny.layers):
         parts = {
             "input_layernorm": "attn_norm",
             "post_attention_layernorm": "ffn_norm",
-            "mlp.gate": "ffn_gate_inp",
+            **({"mlp.gate": "ffn_gate_inp"} if tiny.experts else {f"mlp.{n}_proj": f"ffn_{n}" for n in MLP}),
             **{f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"},
             "self_attn.o_proj": "attn_output",
             **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
@@ -161,9 +180,9 @@ def transformers_model(tiny, weights, **config):
         names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in parts.items()}
     weights = {"output.weight": weights["token_embd.weight"], **weights}
     state = {f"{ours}.weight": weights[f"{theirs}.weight"] for ours, theirs in names.items()}
-    for i in range(tiny.layers):
-        gate, up, down = (weights[f"blk.{i}.ffn_{n}_exps.weight"] for n in ("gate", "up", "down"))
+    for i in range(tiny.layers if tiny.experts else 0):
+        gate, up, down = (weights[f"blk.{i}.ffn_{n}_exps.weight"] for n in MLP)
         state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
         state[f"model.layers.{i}.mlp.experts.down_proj"] = down
     model.load_state_dict(state, strict=True)
-    return model
+    return model.eval().float()

@@ -68,6 +68,30 @@ def test_logits_are_transformers(tmp_path, mixture):
     assert cosine > 0.99  # tokens whose routing is close go to other experts
 
 
+DENSE_MODELS = {
+    "Q4_K_M": {"": GGMLType.Q4_K, "attn_v": GGMLType.Q6_K, "ffn_down": GGMLType.Q6_K, "output": GGMLType.Q6_K},
+    "Q8_0": {"": GGMLType.Q8_0},
+    "partly dense": {"": GGMLType.Q4_K, "ffn_up": GGMLType.F16},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("mixture", DENSE_MODELS)
+def test_dense_qwen3_is_transformers(tmp_path, mixture, tied):
+    tiny = Tiny(types=DENSE_MODELS[mixture], experts=0, tied=tied)
+    path = write(tmp_path / "model.gguf", tiny)
+    oracle = transformers_model(tiny, read(path))
+    model = load(path, activation="full", gguf_repack=False)
+    assert relative_error(model(IDS).logits, oracle(IDS).logits) < 1e-4
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(IDS, **options), oracle.generate(IDS, **options))
+    model.set_activation("int8")
+    assert torch.equal(load(path, gguf_repack=True)(IDS).logits, model(IDS).logits)
+    assert torch.cosine_similarity(model(IDS).logits.flatten(), oracle(IDS).logits.flatten(), dim=0) > 0.99
+    model.save_pretrained(tmp_path / "saved")
+    assert relative_error(load(tmp_path / "saved", dtype=torch.float32)(IDS).logits, oracle(IDS).logits) < 1e-4
+
+
 @pytest.mark.parametrize("file", ["Q4_K_M", "Q8_0"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])

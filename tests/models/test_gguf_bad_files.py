@@ -2,6 +2,7 @@
 
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,14 @@ def test_bad_metadata(tmp_path, keys, message):
 
 def test_other_architecture(tmp_path):
     path = write(tmp_path / "m.gguf", TINY, architecture="llama")
-    refused(path, "expected general.architecture 'qwen3moe', found 'llama'")
+    refused(path, "expected general.architecture 'qwen3moe' or 'qwen3', found 'llama'")
+
+
+def test_a_dense_model_without_its_width(tmp_path):
+    dense = replace(TINY, experts=0)
+    refused(write(tmp_path / "m.gguf", dense, keys={"feed_forward_length": None}), "the key qwen3.feed_forward_length")
+    path = write(tmp_path / "n.gguf", dense, drop=("blk.0.ffn_up.weight",))
+    refused(path, r"blk\.0\.ffn_up\.weight.*found no such tensor")
 
 
 def test_several_models_in_a_directory(tmp_path, good):
