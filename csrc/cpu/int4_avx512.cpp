@@ -74,86 +74,118 @@ inline __m512 add_group(__m512 acc, __m512i dot, __m512 weight_scales, float act
   return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scale));
 }
 
-// The eight rows of a line: rows 0 to 3 in `even`, 4 to 7 in `odd`, four to a lane.
 template <int Bits>
-struct Line {
-  static constexpr int64_t kBytes = kLineRows * kTileColumns * Bits / 8;
-  __m512i even, odd;
+constexpr int64_t kLineBytes = kLineRows * kTileColumns * Bits / 8;
 
-  explicit Line(const uint8_t* line) {
-    const __m512i first = _mm512_loadu_si512(line);
-    if constexpr (Bits == 4) {
-      const __m512i low_nibbles = _mm512_set1_epi8(15);
-      even = _mm512_and_si512(first, low_nibbles);
-      odd = _mm512_and_si512(_mm512_srli_epi16(first, 4), low_nibbles);
-    } else {
-      even = first;
-      odd = _mm512_loadu_si512(line + 64);
-    }
+// Rows 0 to 3 (half 0) or 4 to 7 (half 1) of a line, four to a lane.
+template <int Bits>
+inline __m512i half_line(const uint8_t* line, int half) {
+  if constexpr (Bits == 8) {
+    return _mm512_loadu_si512(line + 64 * half);
   }
-};
+  const __m512i both = _mm512_loadu_si512(line);
+  return _mm512_and_si512(half == 0 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+}
 
-// What to prefetch while tiles are multiplied: the codes read next. Every line multiplied asks for the `step` bytes
-// that are its share, so that several blocks of rows on the same tiles use the memory evenly.
+// The codes read next, prefetched while tiles are multiplied. Every line of T tiles asks for T lines' bytes, `step`
+// behind what the line before asked for, so that several blocks of rows on the same tiles use the memory evenly.
+// They wait in the second level: the first holds the tiles in use, and memory takes more requests from the second.
 struct Ahead {
   const uint8_t* at;
   int64_t step;
-  bool few_rows;
 
-  void prefetch(int64_t share) const {
-    const char* address = reinterpret_cast<const char*>(at + share * step);
-    if (few_rows) {  // memory is the limit: more requests wait in the second level than in the first
-      _mm_prefetch(address, _MM_HINT_T1);
-    } else {
-      _mm_prefetch(address, _MM_HINT_T0);
+  template <int64_t Bytes>
+  void prefetch(int64_t line) const {
+    const char* address = reinterpret_cast<const char*>(at + line * step);
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < Bytes; b += 64) {
+      _mm_prefetch(address + b, _MM_HINT_T1);
     }
   }
 };
 
-// R rows times one tile, unpacked in registers: where several blocks of rows need the tile, it waits in the first-level
-// cache and unpacking it again takes execution slots that the dot products leave free.
-template <int Bits, int R>
-FERRUM_KEEP_ACCUMULATORS void int8_block(const PackedWeights& w, int64_t tile, const ActivationRows& rows,
-                                         const int32_t* row_ids, Ahead ahead, float* out) {
+// Starts the sums of a group at -(zero points * sum of the activations' codes). `next_tile`: from tile to tile.
+template <int Bits, int R, int T>
+inline void start_group(const PackedWeights& w, int64_t at, int64_t next_tile, const int32_t* const (&sums)[R],
+                        int64_t g, __m512i (&dot)[R][T]) {
+  if (w.zeros == nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        dot[r][t] = _mm512_set1_epi32(-(1 << (Bits - 1)) * sums[r][g]);
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const __m512i zeros = load_zeros<Bits>(w, at + t * next_tile);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      dot[r][t] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-sums[r][g]));
+    }
+  }
+}
+
+// R rows times T tiles, unpacked in registers: execution slots that the dot products leave free do it. 6 rows and 4
+// tiles take 24 of the 32 registers, so that 10 loads feed 24 dot products; the fp32 sums wait in `out`.
+template <int Bits, int R, int T>
+FERRUM_KEEP_ACCUMULATORS void int8_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step,
+                                         const ActivationRows& rows, const int32_t* row_ids, Ahead ahead, float* out) {
   const int8_t* codes[R];
-  int64_t first_group[R];
-  __m512 acc[R];
+  const float* row_scales[R];
+  const int32_t* row_sums[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const int64_t row = row_ids[r];
     codes[r] = rows.codes + row * rows.packed_rows;
-    first_group[r] = row * rows.groups;
-    acc[r] = _mm512_setzero_ps();
+    row_scales[r] = rows.scales + row * rows.groups;
+    row_sums[r] = rows.sums + row * rows.groups;
   }
-  const uint8_t* line = w.codes + tile * w.lines * Line<Bits>::kBytes;
+  const int64_t tile_bytes = tile_step * w.lines * kLineBytes<Bits>;
+  const int64_t next_tile = tile_step * w.groups * kTileColumns;
+  const uint8_t* line = w.codes + first_tile * w.lines * kLineBytes<Bits>;
   int64_t i = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t at = (tile * w.groups + g) * kTileColumns;
-    const __m512i zeros = load_zeros<Bits>(w, at);
-    __m512i low[R], high[R];
+    const int64_t at = (first_tile * w.groups + g) * kTileColumns;
+    __m512i dot[R][T];
+    start_group<Bits>(w, at, next_tile, row_sums, g, dot);
+    for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += kLineBytes<Bits>) {
+      ahead.prefetch<T * kLineBytes<Bits>>(i);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m512i weights[T];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      low[r] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-rows.sums[first_group[r] + g]));
-      high[r] = _mm512_setzero_si512();
-    }
-    for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += Line<Bits>::kBytes) {
-      ahead.prefetch(i);
-      const Line<Bits> weights(line);
+        for (int t = 0; t < T; ++t) {
+          weights[t] = half_line<Bits>(line + t * tile_bytes, half);
+        }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        low[r] = _mm512_dpbusd_epi32(low[r], weights.even, broadcast_codes(codes[r] + i * kLineRows));
-        high[r] = _mm512_dpbusd_epi32(high[r], weights.odd, broadcast_codes(codes[r] + i * kLineRows + 4));
+        for (int r = 0; r < R; ++r) {
+          const __m512i activations = broadcast_codes(codes[r] + i * kLineRows + 4 * half);
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) {
+            dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], weights[t], activations);
+          }
+        }
       }
     }
-    const __m512 scales = load_scales(w, at);
+    const __mmask16 started = g == 0 ? 0 : 0xffff;
+    __m512 scales[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      scales[t] = load_scales(w, at + t * next_tile);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      acc[r] = add_group(acc[r], _mm512_add_epi32(low[r], high[r]), scales, rows.scales[first_group[r] + g]);
-    }
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(out + r * kPanelColumns, acc[r]);
+      for (int t = 0; t < T; ++t) {
+        __asm__ volatile("" : "+v"(dot[r][t]));  // in this order: all conversions first would not fit the registers
+        float* o = out + r * kPanelColumns + t * tile_step * kTileColumns;
+        const __m512 acc = _mm512_maskz_loadu_ps(started, o);
+        _mm512_storeu_ps(o, add_group(acc, dot[r][t], scales[t], row_scales[r][g]));
+      }
+    }
   }
 }
 
@@ -204,8 +236,8 @@ FERRUM_KEEP_ACCUMULATORS void full_block(const PackedWeights& w, int64_t first_t
       acc[r][t] = _mm512_setzero_ps();
     }
   }
-  const int64_t tile_bytes = tile_step * w.lines * Line<Bits>::kBytes;
-  const uint8_t* line = w.codes + first_tile * w.lines * Line<Bits>::kBytes;
+  const int64_t tile_bytes = tile_step * w.lines * kLineBytes<Bits>;
+  const uint8_t* line = w.codes + first_tile * w.lines * kLineBytes<Bits>;
   int64_t i = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     __m512 dot[R][T], biases[T][2];
@@ -218,10 +250,10 @@ FERRUM_KEEP_ACCUMULATORS void full_block(const PackedWeights& w, int64_t first_t
         dot[r][t] = _mm512_setzero_ps();
       }
     }
-    for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += Line<Bits>::kBytes) {
+    for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += kLineBytes<Bits>) {
+      ahead.prefetch<T * kLineBytes<Bits>>(i);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        ahead.prefetch(t * w.lines + i);
         const Lanes<Bits> lanes(line + t * tile_bytes);
 #pragma GCC unroll 8
         for (int k = 0; k < kLineRows; ++k) {
@@ -251,57 +283,57 @@ FERRUM_KEEP_ACCUMULATORS void full_block(const PackedWeights& w, int64_t first_t
   }
 }
 
-// Calls multiply(block, tiles, tile, ahead, first row) for the tiles of a panel, `width` at a time, and for blocks of
-// at most 8 rows as equal as can be.
-template <int Bits, typename Multiply>
-void for_each_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles, int64_t width,
-                    int64_t num_rows, const uint8_t* next, const Multiply& multiply) {
-  constexpr int64_t kRows = 8;
-  const int64_t blocks = int4::ceil_div(num_rows, kRows);
-  const int64_t step = int4::ceil_div(Line<Bits>::kBytes, blocks);
-  for (int64_t t = 0; t < num_tiles;) {
-    const int64_t tiles = t + width <= num_tiles ? width : 1;
+using Block = void (*)(const PackedWeights&, int64_t, int64_t, const ActivationRows&, const int32_t*, Ahead, float*);
+
+// Runs the blocks over a panel: `width` tiles at a time, by blocks[rows - 1] for blocks of at most kRows rows, as equal
+// as can be.
+template <int Bits, size_t kRows>
+void for_each_block(const Block (&blocks)[kRows], int64_t width, const PackedWeights& w, int64_t first_tile,
+                    int64_t tile_step, int64_t num_tiles, const ActivationRows& rows, const int32_t* row_ids,
+                    int64_t num_rows, const uint8_t* next, float* out) {
+  const int64_t count = int4::ceil_div(num_rows, kRows);
+  const int64_t step = int4::ceil_div(width * kLineBytes<Bits>, count);
+  for (int64_t t = 0; t < num_tiles; t += width) {
     const int64_t tile = first_tile + t * tile_step;
-    t += tiles;
-    const uint8_t* ahead = t < num_tiles ? w.codes + (first_tile + t * tile_step) * w.lines * Line<Bits>::kBytes : next;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t row = num_rows * b / blocks;
-      multiply(num_rows * (b + 1) / blocks - row, tiles, tile,
-               Ahead{ahead + b * tiles * w.lines * step, step, blocks == 1}, row);
+    const uint8_t* ahead = t + width < num_tiles ? w.codes_of_tile(tile + width * tile_step) : next;
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t row = num_rows * b / count;
+      const int64_t block_rows = num_rows * (b + 1) / count - row;
+      blocks[block_rows - 1](w, tile, tile_step, rows, row_ids + row, Ahead{ahead + b * w.lines * step, step},
+                             out + row * kPanelColumns + t * tile_step * kTileColumns);
     }
   }
 }
 
+template <int Bits, int T>
+constexpr Block kInt8Blocks[] = {int8_block<Bits, 1, T>, int8_block<Bits, 2, T>, int8_block<Bits, 3, T>,
+                                 int8_block<Bits, 4, T>, int8_block<Bits, 5, T>, int8_block<Bits, 6, T>};
+
 template <int Bits>
 void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
              const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next, float* out) {
-  using Block = void (*)(const PackedWeights&, int64_t, const ActivationRows&, const int32_t*, Ahead, float*);
-  static constexpr Block kBlocks[] = {int8_block<Bits, 1>, int8_block<Bits, 2>, int8_block<Bits, 3>,
-                                      int8_block<Bits, 4>, int8_block<Bits, 5>, int8_block<Bits, 6>,
-                                      int8_block<Bits, 7>, int8_block<Bits, 8>};
-  for_each_block<Bits>(w, first_tile, tile_step, num_tiles, 1, num_rows, next,
-                       [&](int64_t block, int64_t, int64_t tile, Ahead ahead, int64_t row) {
-                         kBlocks[block - 1](w, tile, rows, row_ids + row, ahead,
-                                            out + row * kPanelColumns + (tile - first_tile) * kTileColumns);
-                       });
+  const int64_t width = num_tiles % 4 == 0 ? 4 : num_tiles % 2 == 0 ? 2 : 1;
+  const auto& blocks = width == 4 ? kInt8Blocks<Bits, 4> : width == 2 ? kInt8Blocks<Bits, 2> : kInt8Blocks<Bits, 1>;
+  for_each_block<Bits>(blocks, width, w, first_tile, tile_step, num_tiles, rows, row_ids, num_rows, next, out);
 }
+
+template <int Bits>
+constexpr Block kFullBlocks[] = {full_block<Bits, 1, 1>, full_block<Bits, 2, 1>, full_block<Bits, 3, 1>,
+                                 full_block<Bits, 4, 1>, full_block<Bits, 5, 1>, full_block<Bits, 6, 1>,
+                                 full_block<Bits, 7, 1>, full_block<Bits, 8, 1>};
+template <int Bits>
+constexpr Block kWideFullBlocks[] = {full_block<Bits, 1, 4>, full_block<Bits, 2, 4>};
 
 template <int Bits>
 void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
              const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next, float* out) {
-  using Block = void (*)(const PackedWeights&, int64_t, int64_t, const ActivationRows&, const int32_t*, Ahead, float*);
-  static constexpr Block kBlocks[] = {full_block<Bits, 1, 1>, full_block<Bits, 2, 1>, full_block<Bits, 3, 1>,
-                                      full_block<Bits, 4, 1>, full_block<Bits, 5, 1>, full_block<Bits, 6, 1>,
-                                      full_block<Bits, 7, 1>, full_block<Bits, 8, 1>};
-  static constexpr Block kWideBlocks[] = {full_block<Bits, 1, 4>, full_block<Bits, 2, 4>};
   // One or two chains would leave the multipliers waiting for each other's results: take four tiles side by side.
-  const int64_t width = num_rows <= 2 ? 4 : 1;
-  for_each_block<Bits>(w, first_tile, tile_step, num_tiles, width, num_rows, next,
-                       [&](int64_t block, int64_t tiles, int64_t tile, Ahead ahead, int64_t row) {
-                         const Block multiply = tiles == 1 ? kBlocks[block - 1] : kWideBlocks[block - 1];
-                         multiply(w, tile, tile_step, rows, row_ids + row, ahead,
-                                  out + row * kPanelColumns + (tile - first_tile) * kTileColumns);
-                       });
+  if (num_rows <= 2 && num_tiles % 4 == 0) {
+    for_each_block<Bits>(kWideFullBlocks<Bits>, 4, w, first_tile, tile_step, num_tiles, rows, row_ids, num_rows, next,
+                         out);
+  } else {
+    for_each_block<Bits>(kFullBlocks<Bits>, 1, w, first_tile, tile_step, num_tiles, rows, row_ids, num_rows, next, out);
+  }
 }
 
 }  // namespace
