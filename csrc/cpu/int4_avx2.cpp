@@ -47,7 +47,6 @@ namespace ferrum::cpu {
 namespace {
 
 using int4::kLineRows;
-using int4::kMaxGroupSize;
 using int4::kTileColumns;
 
 constexpr int64_t kPrefetchBytes = 4096;
@@ -206,58 +205,86 @@ void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int6
   }
 }
 
-// One group of one tile as fp32 (code - zero): 8 KiB.
-struct FullPanel {
-  alignas(32) float weights[kMaxGroupSize][kTileColumns];
+// The bits of 2^23 and 2^15: with a code at bit 0 or 8 or-ed into the mantissa the number is larger by just that code.
+constexpr int32_t magic(int parity) { return (127 + 23 - 8 * parity) << 23; }
 
-  template <int Bits>
-  void unpack(const Group<Bits>& group) {
-    const __m256i mask = _mm256_set1_epi32((1 << Bits) - 1);
-    for (int64_t i = 0; i < group.lines; ++i) {
-      const uint8_t* line = group.line + i * kLineBytes<Bits>;
-      _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
+// Half h of a line for conversion to fp32: rows 2j and 2j + 1 have their codes at bits 0 and 8 of the lanes.
+template <int Bits>
+inline __m256i row_pair(const uint8_t* line, int h, int j) {
+  const uint8_t* bytes = line + 32 * h + (Bits == 8 && j >= 2 ? 64 : 0);
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  return _mm256_srli_epi32(words, 16 * (j % 2) + (Bits == 4 && j >= 2 ? 4 : 0));
+}
+
+// R rows kept in fp32 times T tiles, unpacked in registers. A chain of fused additions per row and column.
+template <int Bits, int R, int T>
+void full_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step, const ActivationRows& rows,
+                const int32_t* row_ids, float* out) {
+  const __m256i mask = _mm256_set1_epi32((1 << Bits) - 1);
+  const float* values[R];
+  for (int r = 0; r < R; ++r) {
+    values[r] = rows.values + row_ids[r] * rows.packed_rows;
+  }
+  for (int64_t g = 0; g < w.groups; ++g) {
+    __m256 dot[R][T][2], biases[T][2][2];
+    const uint8_t* line[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const Group<Bits> group(w, first_tile + t * tile_step, g);
+      line[t] = group.line;
+#pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + 32 * h));
-        __m256i second;
-        if constexpr (Bits == 4) {
-          second = _mm256_srli_epi32(first, 4);
-        } else {
-          second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + 64 + 32 * h));
+#pragma GCC unroll 2
+        for (int parity = 0; parity < 2; ++parity) {
+          const __m256 number = _mm256_castsi256_ps(_mm256_set1_epi32(magic(parity)));
+          biases[t][h][parity] = _mm256_add_ps(number, _mm256_cvtepi32_ps(group.zeros[h]));
         }
 #pragma GCC unroll 8
-        for (int k = 0; k < kLineRows; ++k) {
-          const __m256i code = _mm256_and_si256(_mm256_srli_epi32(k < 4 ? first : second, 8 * (k % 4)), mask);
-          _mm256_store_ps(weights[8 * i + k] + 8 * h, _mm256_cvtepi32_ps(_mm256_sub_epi32(code, group.zeros[h])));
+        for (int r = 0; r < R; ++r) {
+          dot[r][t][h] = _mm256_setzero_ps();
         }
       }
     }
-  }
-};
-
-template <int Bits, int R>
-void full_block(const FullPanel& panel, const Group<Bits>& group, int64_t g, const ActivationRows& rows,
-                const int32_t* row_ids, int64_t first_row, float* out) {
-  const float* values[R];
-  __m256 dot[R][2];
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = row_ids[first_row + r];
-    values[r] = rows.values + row * rows.packed_rows + group.first_row;
-    dot[r][0] = dot[r][1] = _mm256_setzero_ps();
-  }
-  for (int64_t s = 0; s < group.lines * kLineRows; ++s) {
-    const __m256 first = _mm256_load_ps(panel.weights[s]);
-    const __m256 second = _mm256_load_ps(panel.weights[s] + 8);
-    for (int r = 0; r < R; ++r) {
-      const __m256 value = _mm256_set1_ps(values[r][s]);
-      dot[r][0] = _mm256_fmadd_ps(value, first, dot[r][0]);
-      dot[r][1] = _mm256_fmadd_ps(value, second, dot[r][1]);
+    const int64_t first_line = g * w.group_lines;
+    const int64_t last_line = min64(first_line + w.group_lines, w.lines);
+    for (int64_t i = first_line; i < last_line; ++i) {
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        for (int64_t b = 0; b < kLineBytes<Bits>; b += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(line[t] + kPrefetchBytes + b), _MM_HINT_T0);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < kLineRows; ++k) {
+          __m256 weights[2];
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) {
+            const __m256i words = row_pair<Bits>(line[t], h, k / 2);
+            const __m256i code = _mm256_and_si256(words, k % 2 ? _mm256_slli_epi32(mask, 8) : mask);
+            const __m256i bits = _mm256_or_si256(code, _mm256_set1_epi32(magic(k % 2)));
+            weights[h] = _mm256_sub_ps(_mm256_castsi256_ps(bits), biases[t][h][k % 2]);  // code - zero point, exact
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const __m256 value = _mm256_broadcast_ss(values[r] + i * kLineRows + k);
+            dot[r][t][0] = _mm256_fmadd_ps(value, weights[0], dot[r][t][0]);
+            dot[r][t][1] = _mm256_fmadd_ps(value, weights[1], dot[r][t][1]);
+          }
+        }
+        line[t] += kLineBytes<Bits>;
+      }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int h = 0; h < 2; ++h) {
-      float* o = out + (first_row + r) * kPanelColumns + 8 * h;
-      const __m256 acc = g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(o);
-      _mm256_storeu_ps(o, _mm256_add_ps(acc, _mm256_mul_ps(dot[r][h], group.scales[h])));
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const int64_t at = ((first_tile + t * tile_step) * w.groups + g) * kTileColumns;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          float* o = out + r * kPanelColumns + t * tile_step * kTileColumns + 8 * h;
+          const __m256 acc = g == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(o);
+          _mm256_storeu_ps(o, _mm256_add_ps(acc, _mm256_mul_ps(dot[r][t][h], load_scales(w, at + 8 * h))));
+        }
+      }
     }
   }
 }
@@ -265,20 +292,22 @@ void full_block(const FullPanel& panel, const Group<Bits>& group, int64_t g, con
 template <int Bits>
 void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
              const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
-  FullPanel panel;
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    float* o = out + t * tile_step * kTileColumns;
-    for (int64_t g = 0; g < w.groups; ++g) {
-      const Group<Bits> group(w, first_tile + t * tile_step, g);
-      panel.unpack(group);
-      int64_t r = 0;
-      for (; r + 4 <= num_rows; r += 4) {
-        full_block<Bits, 4>(panel, group, g, rows, row_ids, r, o);
-      }
-      for (; r < num_rows; ++r) {
-        full_block<Bits, 1>(panel, group, g, rows, row_ids, r, o);
-      }
+  using Block = void (*)(const PackedWeights&, int64_t, int64_t, const ActivationRows&, const int32_t*, float*);
+  static constexpr Block kBlocks[] = {full_block<Bits, 1, 1>, full_block<Bits, 2, 1>, full_block<Bits, 3, 1>,
+                                      full_block<Bits, 4, 1>};
+  // One or two rows of one tile would leave the multipliers waiting for each other's results.
+  static constexpr Block kWideBlocks[] = {full_block<Bits, 1, 4>, full_block<Bits, 2, 2>};
+  const int64_t width = num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1;
+  const int64_t blocks = int4::ceil_div(num_rows, 4);
+  for (int64_t t = 0; t < num_tiles;) {
+    const bool wide = width > 1 && t + width <= num_tiles;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = num_rows * b / blocks;
+      const Block multiply = (wide ? kWideBlocks : kBlocks)[num_rows * (b + 1) / blocks - row - 1];
+      multiply(w, first_tile + t * tile_step, tile_step, rows, row_ids + row,
+               out + row * kPanelColumns + t * tile_step * kTileColumns);
     }
+    t += wide ? width : 1;
   }
 }
 
