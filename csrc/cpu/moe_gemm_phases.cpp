@@ -107,41 +107,45 @@ bool prepare_activated(const ExpertBlock& block, const Routing& routing, const S
   return valid;
 }
 
-// out[t] over 64 columns, from the down product's rows of those columns.
-void combine_panel(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing, const float* products,
-                   int64_t column) {
-  const int64_t columns = std::min(kPanelColumns, block.hidden_size - column);
-  const int64_t element = block.type == FloatType::f32 ? 4 : 2;
-  for (int64_t t = 0; t < chunk.tokens; ++t) {
-    alignas(64) float sum[kPanelColumns] = {};
-    for (int64_t pair = t * block.top_k; pair < (t + 1) * block.top_k; ++pair) {
-      if (routing.row_of[pair] >= 0) {
-        block.kernels.add_scaled(products + routing.row_of[pair] * kPanelColumns, chunk.weights[pair], columns, sum);
-      }
-    }
-    block.kernels.from_float(sum, columns, block.type, chunk.out + (t * block.hidden_size + column) * element);
+// sums[token] += weight * panel row, for the rows [first, first + rows) of the routing.
+void add_rows(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing, const float* panel,
+              int64_t first, int64_t rows, int64_t columns, float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    block.kernels.add_scaled(panel + r * kPanelColumns, chunk.weights[routing.pair[first + r]], columns,
+                             sums + routing.token[first + r] * kPanelColumns);
   }
 }
 
-// The down product and the weighted sum over the slots. One task is a run of panels for all experts: the products of a
-// panel never leave the core's cache, and no thread waits for another before the sum.
+void store_sums(const ExpertBlock& block, const TokenChunk& chunk, const float* sums, int64_t column, int64_t columns) {
+  const int64_t element = block.type == FloatType::f32 ? 4 : 2;
+  for (int64_t t = 0; t < chunk.tokens; ++t) {
+    block.kernels.from_float(sums + t * kPanelColumns, columns, block.type,
+                             chunk.out + (t * block.hidden_size + column) * element);
+  }
+}
+
+// The down product and the weighted sum over a token's experts, in ascending order. One task is a run of panels for all
+// experts: the sums never leave the core's cache, and no thread waits for another before them.
 void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing,
                       const ActivationRows& inputs, int64_t threads) {
   const ExpertMatrices& w2 = block.w2;
   const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t panels = int4::ceil_div(w2.tiles, kPanelTiles);
   const int64_t active = routing.num_active();
-  // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
-  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
-  const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
+  // Long runs read each expert's panels as one stream, short ones keep the cores busy.
+  const int64_t longest = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
+  const int64_t run = std::max<int64_t>(1, std::min(longest, panels / (threads * 4)));
   const int64_t tasks = int4::ceil_div(panels, run);
   const int64_t bytes = active * w2.tiles * w2.first.lines * int4::kLineBytes;
-  const int64_t panel_floats = routing.rows() * kPanelColumns;
-  const Scratch<float> products(threads * run * panel_floats);
+  const int64_t panel_sums = chunk.tokens * kPanelColumns;
+  const Scratch<float> sums(threads * run * panel_sums);
   for_each_task(tasks, 1, bytes, threads, [&](int64_t thread, int64_t task, int64_t next_task) {
-    float* mine = products.get() + thread * run * panel_floats;
+    alignas(64) float panel[kRowBlock * kPanelColumns];
+    float* mine = sums.get() + thread * run * panel_sums;
     const int64_t first = task * run;
     const int64_t last = std::min(first + run, panels);
+    const auto columns_of = [&](int64_t p) { return std::min(kPanelColumns, block.hidden_size - p * kPanelColumns); };
+    std::fill_n(mine, (last - first) * panel_sums, 0.0f);
     for (int64_t a = 0; a < active; ++a) {
       const PackedWeights weights = w2.expert(routing.active[a]);
       // The first panel behind this expert's part of the task.
@@ -155,13 +159,13 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
           const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
           const bool more_rows = row + rows < routing.offsets[a + 1];
           tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs, routing.identity.data() + row,
-                       rows, more_rows ? weights.codes_of_tile(tile) : next,
-                       mine + (p - first) * panel_floats + row * kPanelColumns);
+                       rows, more_rows ? weights.codes_of_tile(tile) : next, panel);
+          add_rows(block, chunk, routing, panel, row, rows, columns_of(p), mine + (p - first) * panel_sums);
         }
       }
     }
     for (int64_t p = first; p < last; ++p) {
-      combine_panel(block, chunk, routing, mine + (p - first) * panel_floats, p * kPanelColumns);
+      store_sums(block, chunk, mine + (p - first) * panel_sums, p * kPanelColumns, columns_of(p));
     }
   });
 }

@@ -60,21 +60,31 @@ struct Routing {
 
 // Runs f(thread, task, next) for every task, `next` being the task this thread will run then, or `tasks` after its
 // last. Threads take runs of consecutive tasks as they become free, so that neither a busy core nor an expert with many
-// rows is waited for. `bytes` is the memory the phase reads: little work stays on one thread.
+// rows is waited for: at most `run` tasks, and ever fewer towards the end. `bytes` is the memory the phase reads:
+// little work stays on one thread.
 template <typename F>
 inline void for_each_task(int64_t tasks, int64_t run, int64_t bytes, int64_t threads, const F& f) {
   constexpr int64_t kBytesPerThread = 64 * 1024;
   const int64_t wanted = std::min({threads, (tasks + run - 1) / run, std::max<int64_t>(1, bytes / kBytesPerThread)});
+  struct Run {
+    int64_t begin, end;
+  };
   std::atomic<int64_t> unclaimed{0};
-  const auto claim = [&] { return std::min(unclaimed.fetch_add(run), tasks); };
+  const auto claim = [&] {
+    Run mine{unclaimed.load(), 0};
+    do {
+      mine.end = mine.begin + std::clamp<int64_t>((tasks - mine.begin) / (2 * wanted), mine.begin < tasks, run);
+    } while (!unclaimed.compare_exchange_weak(mine.begin, mine.end));
+    return mine;
+  };
   torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
-    for (int64_t task = claim(); task < tasks;) {
-      const int64_t last = std::min(task + run, tasks) - 1;
-      for (; task < last; ++task) {
-        f(begin, task, task + 1);
+    for (Run mine = claim(); mine.begin < tasks;) {
+      for (; mine.begin + 1 < mine.end; ++mine.begin) {
+        f(begin, mine.begin, mine.begin + 1);
       }
-      task = claim();
-      f(begin, last, task);
+      const int64_t last = mine.begin;
+      mine = claim();
+      f(begin, last, mine.begin);
     }
   });
 }
