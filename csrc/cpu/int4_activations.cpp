@@ -1,5 +1,6 @@
 #include "cpu/int4_activations.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -30,6 +31,17 @@ bool ActivationBuffer::fill(const Int4Kernels& kernels, int64_t row, const float
                          sums_.get() + row * groups);
   }
   return valid;
+}
+
+void ActivationBuffer::fill_group(const Int4Kernels& kernels, int64_t row, int64_t group, float* values,
+                                  int64_t in_features) const {
+  const int64_t first = group * layout_.group_size;
+  const int64_t count = std::min(layout_.group_size, layout_.packed_rows - first);
+  const int64_t present = std::min(count, in_features - first);
+  std::memset(values + present, 0, static_cast<size_t>(count - present) * sizeof(float));
+  const int64_t at = row * layout_.groups() + group;
+  kernels.quantize_row(values, count, layout_.group_size, codes_.get() + row * layout_.packed_rows + first,
+                       scales_.get() + at, sums_.get() + at);
 }
 
 const Int4Kernels& int4_kernels() {

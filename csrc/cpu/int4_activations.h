@@ -60,6 +60,10 @@ class ActivationBuffer {
   bool fill(const Int4Kernels& kernels, int64_t row, const float* in, int64_t in_features, const int32_t* perm,
             float* staging) const;
 
+  // Prepares one group of a row with int8 codes and no permutation, `values` being the group's; those behind the last
+  // input channel are overwritten.
+  void fill_group(const Int4Kernels& kernels, int64_t row, int64_t group, float* values, int64_t in_features) const;
+
   ActivationRows view() const {
     return {codes_.get(), scales_.get(), sums_.get(), values_.get(), layout_.packed_rows, layout_.groups()};
   }

@@ -32,16 +32,20 @@ GateUpInputs prepare_hidden(const ExpertBlock& block, const TokenChunk& chunk, c
   }
   inputs.row_ids = by_row ? routing.identity.data() : routing.token.data();
   const int64_t row_bytes = width * 4;
+  const bool as_it_is = block.type == FloatType::f32;
   const Scratch<float> staging(threads * (width + layout.packed_rows));
   std::atomic<bool> valid{true};
   for_each_task(rows, 4, rows * row_bytes, threads, [&](int64_t thread, int64_t row, int64_t) {
-    float* values = staging.get() + thread * (width + layout.packed_rows);
+    float* converted = staging.get() + thread * (width + layout.packed_rows);
     const int64_t token = by_row ? routing.token[row] : row;
-    block.kernels.to_float(chunk.hidden + token * width * (block.type == FloatType::f32 ? 4 : 2), block.type, width,
-                           values);
+    const char* hidden = chunk.hidden + token * width * (as_it_is ? 4 : 2);
+    if (!as_it_is) {
+      block.kernels.to_float(hidden, block.type, width, converted);
+    }
+    const float* values = as_it_is ? reinterpret_cast<const float*>(hidden) : converted;
     for (int64_t part = 0; part < w13.perm_parts; ++part) {
       const int32_t* perm = by_row ? w13.perm_of(routing.expert[row], part) : nullptr;
-      if (!inputs.parts[part].fill(block.kernels, row, values, width, perm, values + width)) {
+      if (!inputs.parts[part].fill(block.kernels, row, values, width, perm, converted + width)) {
         valid = false;
       }
     }
@@ -50,41 +54,68 @@ GateUpInputs prepare_hidden(const ExpertBlock& block, const TokenChunk& chunk, c
   return inputs;
 }
 
-// activated[row] = silu(gate) * up. One task is two tile pairs of one expert, for all its rows.
-void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInputs& inputs, int64_t threads,
-             const Scratch<float>& activated) {
-  const ExpertMatrices& w13 = block.w13;
+// One panel of the gate/up product.
+void multiply_gate_up(const ExpertBlock& block, const PackedWeights& weights, const ActivationRows (&parts)[2],
+                      int64_t tile, const int32_t* row_ids, int64_t rows, const uint8_t* next, float* panel) {
   const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
+  const int64_t tiles = std::min(kPanelTiles, block.w13.tiles - tile);
+  if (block.w13.perm_parts == 1) {
+    tiles_kernel(weights, tile, 1, tiles, parts[0], row_ids, rows, next, panel);
+    return;
+  }
+  tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, weights.codes_of_tile(tile + 1), panel);
+  tiles_kernel(weights, tile + 1, 2, tiles / 2, parts[1], row_ids, rows, next, panel + int4::kTileColumns);
+}
+
+// The panels whose values make up a group of the down product's input, for gate_up to prepare it while they are in the
+// cache; 0 where they cannot, or where tasks of that size would be few.
+int64_t panels_of_group(const ExpertBlock& block, const Routing& routing) {
+  constexpr int64_t kOutputs = kPanelColumns / 2;
+  const bool whole_panels = block.int8 && block.w2.perm == nullptr && block.w2.group_size % kOutputs == 0;
+  return whole_panels && routing.rows() >= 4 * routing.num_active() ? block.w2.group_size / kOutputs : 0;
+}
+
+// silu(gate) * up: into `activated`, or for group_panels > 0 prepared as rows of `down`. One task is so many panels of
+// one expert, for all its rows.
+void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInputs& inputs, int64_t threads,
+             int64_t group_panels, const Scratch<float>& activated, const ActivationBuffer& down) {
+  const ExpertMatrices& w13 = block.w13;
   const int64_t width = w13.tiles / 2 * int4::kTileColumns;
   const int64_t panels = int4::ceil_div(w13.tiles, kPanelTiles);
-  const int64_t tasks = routing.num_active() * panels;
-  const int64_t bytes = tasks * kPanelTiles * w13.first.lines * int4::kLineBytes;
+  const int64_t step = std::max<int64_t>(1, group_panels);
+  const int64_t groups = int4::ceil_div(panels, step);
+  const int64_t tasks = routing.num_active() * groups;
+  const int64_t bytes = routing.num_active() * w13.tiles * w13.first.lines * int4::kLineBytes;
   const int64_t run = std::max<int64_t>(1, tasks / (threads * 16));
   const ActivationRows parts[2] = {inputs.parts[0].view(), inputs.parts[w13.perm_parts - 1].view()};
   const auto codes_of = [&](int64_t task) {
     return task == tasks ? w13.first.codes
-                         : w13.expert(routing.active[task / panels]).codes_of_tile(task % panels * kPanelTiles);
+                         : w13.expert(routing.active[task / groups]).codes_of_tile(task % groups * step * kPanelTiles);
   };
   for_each_task(tasks, run, bytes, threads, [&](int64_t, int64_t task, int64_t next_task) {
     alignas(64) float panel[kRowBlock * kPanelColumns];
-    const int64_t a = task / panels;
-    const int64_t tile = task % panels * kPanelTiles;
-    const int64_t tiles = std::min(kPanelTiles, w13.tiles - tile);
+    alignas(64) float group[kRowBlock * int4::kMaxGroupSize];
+    const int64_t a = task / groups;
+    const int64_t first = task % groups * step;
+    const int64_t last = std::min(first + step, panels);
     const PackedWeights weights = w13.expert(routing.active[a]);
-    for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
-      const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
-      const int32_t* row_ids = inputs.row_ids + row;
-      const uint8_t* next = codes_of(row + rows < routing.offsets[a + 1] ? task : next_task);
-      if (w13.perm_parts == 1) {
-        tiles_kernel(weights, tile, 1, tiles, parts[0], row_ids, rows, next, panel);
-      } else {
-        const uint8_t* up = weights.codes_of_tile(tile + 1);
-        tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, up, panel);
-        tiles_kernel(weights, tile + 1, 2, tiles / 2, parts[1], row_ids, rows, next, panel + int4::kTileColumns);
+    const int64_t end = routing.offsets[a + 1];
+    for (int64_t row = routing.offsets[a]; row < end; row += kRowBlock) {
+      const int64_t rows = std::min(kRowBlock, end - row);
+      const int64_t stride = group_panels > 0 ? int4::kMaxGroupSize : width;
+      float* to = group_panels > 0 ? group : activated.get() + row * width + first * kPanelColumns / 2;
+      for (int64_t p = first; p < last; ++p, to += kPanelColumns / 2) {
+        const int64_t tile = p * kPanelTiles;
+        const uint8_t* next =
+            p + 1 < last ? weights.codes_of_tile(tile + kPanelTiles) : codes_of(row + rows < end ? task : next_task);
+        multiply_gate_up(block, weights, parts, tile, inputs.row_ids + row, rows, next, panel);
+        const int64_t pairs = std::min(kPanelTiles, w13.tiles - tile) / 2;
+        for (int64_t r = 0; r < rows; ++r) {
+          block.kernels.silu_mul_tiles(panel + r * kPanelColumns, pairs, to + r * stride);
+        }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        block.kernels.silu_mul_tiles(panel + r * kPanelColumns, tiles / 2,
-                                     activated.get() + (row + r) * width + tile / 2 * int4::kTileColumns);
+      for (int64_t r = 0; group_panels > 0 && r < rows; ++r) {
+        down.fill_group(block.kernels, row + r, task % groups, group + r * stride, block.intermediate_size);
       }
     }
   });
@@ -179,11 +210,13 @@ PermStatus run_expert_block(const ExpertBlock& block, const TokenChunk& chunk) {
   if (!hidden.valid) {
     return PermStatus::bad_w13;
   }
-  const Scratch<float> activated(routing.rows() * (block.w13.tiles / 2) * int4::kTileColumns);
-  gate_up(block, routing, hidden, threads, activated);
   const ActivationLayout layout{block.int8, block.w2.packed_rows(), block.w2.group_size};
   const ActivationBuffer inputs(layout, routing.rows());
-  if (!prepare_activated(block, routing, activated, threads, inputs)) {
+  const int64_t group_panels = panels_of_group(block, routing);
+  const int64_t width = block.w13.tiles / 2 * int4::kTileColumns;
+  const Scratch<float> activated(group_panels > 0 ? 0 : routing.rows() * width);
+  gate_up(block, routing, hidden, threads, group_panels, activated, inputs);
+  if (group_panels == 0 && !prepare_activated(block, routing, activated, threads, inputs)) {
     return PermStatus::bad_w2;
   }
   down_and_combine(block, chunk, routing, inputs.view(), threads);
