@@ -109,8 +109,9 @@ def many_rows_tile(block_d: int, dtype: torch.dtype, source: int, capability: in
     stages = 2 if source == CONTIGUOUS.value else 3
     if block_d > 128:
         return Tile(32, 32, num_warps=8, num_stages=stages, programs=2, split_tiles=16)
-    # Codes are converted in registers; from 10.0 on the places of 64 keys in pages are too many of them.
-    keys = 32 if source == INT8_PAGES.value or (source == PAGES.value and capability >= 100) else 64
+    # Codes are converted in registers; from 10.0 on the places of 64 keys of 128 in pages are too many of them.
+    wide_pages = source == PAGES.value and block_d > 64 and capability >= 100
+    keys = 32 if source == INT8_PAGES.value or wide_pages else 64
     # Below 9.0 queries are in registers too.
     return Tile(128 if capability >= 90 else 64, keys, 8, stages, programs=1, split_tiles=8)
 
