@@ -7,6 +7,8 @@ from math import gcd
 
 import torch
 
+from ferrum_ops.formats import int4
+
 #: Layouts that `from_pretrained(layout=...)` can ask for.
 LAYOUTS = ("marlin", "gptq", "int4_cpu", "dense")
 MARLIN_BITS = (4, 8)
@@ -35,17 +37,10 @@ def cpu_group_size(group_sizes: tuple[int, ...], in_features: int) -> int | None
 
     Groups of different sizes have to divide K, since the layout has no padding rows.
     """
-    parts = []
     group_sizes = tuple(in_features if size == -1 else size for size in group_sizes)
-    for group_size in group_sizes:
-        fitting = [size for size in range(min(128, group_size), 7, -1) if size % 8 == 0 and group_size % size == 0]
-        if not fitting:
-            return None
-        parts.append(fitting[0])
     if len(group_sizes) > 1 and any(in_features % size for size in group_sizes):
         return None
-    common = gcd(*parts)
-    return common if parts and common % 8 == 0 else None
+    return int4.kernel_group_size(gcd(*group_sizes)) if group_sizes else None
 
 
 def marlin_group_size(group_sizes: tuple[int, ...]) -> int | None:

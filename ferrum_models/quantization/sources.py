@@ -141,8 +141,7 @@ class QuantizedSource(LinearSource):
     def tile(self, per_group: torch.Tensor, group_size: int, perm: torch.Tensor | None) -> torch.Tensor:
         """`[G, N]` of the checkpoint's groups -> `[N_pad/16, G', 16]` of the kernel's."""
         rows = self.in_features if perm is None else perm.shape[0]
-        repeated = per_group.repeat_interleave(self.group_size // group_size, dim=0)
-        return int4.pack_groups(repeated[: -(-rows // group_size)])
+        return int4.pack_groups(int4.repeat_groups(per_group, self.group_size, group_size, rows))
 
 
 class GptqSource(QuantizedSource):
@@ -407,6 +406,19 @@ def find_source(
 def common_group_size(sources: list[QuantizedSource]) -> int | None:
     """One group size of the CPU layout for linears packed together, or None if there is none."""
     return cpu_group_size(tuple({source.grouping for source in sources}), sources[0].in_features)
+
+
+def int4_shapes(prefix: str, lead: tuple[int, ...], tiles: int, rows: int, group_size: int, with_zeros: bool) -> Shapes:
+    """Of matrices packed for the CPU: of one, or with a prefix of a stack `lead` of them."""
+    groups = -(-rows // group_size)
+    names = ("packed", "scales", "zeros") if not prefix else (prefix, f"{prefix}_scales", f"{prefix}_zeros")
+    shapes: Shapes = {
+        names[0]: ((*lead, tiles, -(-rows // 8), 64), torch.uint8),
+        names[1]: ((*lead, tiles, groups, 16), torch.float16),
+    }
+    if with_zeros:
+        shapes[names[2]] = ((*lead, tiles, groups, 16), torch.uint8)
+    return shapes
 
 
 def unpack_int4(

@@ -94,6 +94,16 @@ def deinterleave_tiles(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return tiles[..., 0::2, :, :], tiles[..., 1::2, :, :]
 
 
+def kernel_group_size(group_size: int) -> int | None:
+    """The longest groups the kernels take, a multiple of 8 up to 128, that `group_size` divides into. None: none."""
+    return next((part for part in range(MAX_GROUP_SIZE, 0, -LINE_ROWS) if group_size % part == 0), None)
+
+
+def repeat_groups(values: torch.Tensor, group_size: int, part: int, rows: int) -> torch.Tensor:
+    """Scales or zeros `[..., G, N]` of groups of `group_size` -> of their parts of `part`, those that `rows` have."""
+    return values.repeat_interleave(group_size // part, dim=-2)[..., : _ceil_div(rows, part), :].contiguous()
+
+
 def split_groups(
     scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
@@ -113,15 +123,12 @@ def split_groups(
             f"[split_groups] scales: expected {_ceil_div(in_features, size)} groups for group_size {group_size} and "
             f"{in_features} input channels, got {scales.shape[-2]}"
         )
-    part = next(p for p in range(MAX_GROUP_SIZE, 0, -LINE_ROWS) if size % p == 0)
+    part = kernel_group_size(size)
+    assert part is not None
     if part == size:
         return scales, zeros, size
-    parts = _ceil_div(in_features, part)
-
-    def repeat(values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(size // part, dim=-2)[..., :parts, :].contiguous()
-
-    return repeat(scales), None if zeros is None else repeat(zeros), part
+    parts = repeat_groups(scales, size, part, in_features)
+    return parts, None if zeros is None else repeat_groups(zeros, size, part, in_features), part
 
 
 def dequantize(
