@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,18 @@ class Graph:
     def replay(self):
         for call in self.calls:
             call()
+
+
+def test_wgmma_is_asked_for_inside_a_block(monkeypatch):
+    told = []
+    monkeypatch.setattr(gpu, "_c", SimpleNamespace(ferrum_marlin_wgmma=told.append))
+    with pytest.raises(KeyError), gpu.wgmma():
+        assert told == [1]
+        raise KeyError
+    assert told == [1, 0]
+    monkeypatch.setattr(gpu, "_c", SimpleNamespace())
+    with pytest.raises(RuntimeError, match=r"\[wgmma\] library: expected one built with CUDA"), gpu.wgmma():
+        pass
 
 
 @pytest.fixture

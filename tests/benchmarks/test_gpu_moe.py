@@ -1,5 +1,6 @@
 """The GPU benchmark of the expert block, as far as it runs without one: its weights, its check, its arithmetic."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from benchmarks import gpu_moe
 from benchmarks.gpu_moe import bytes_of, check, markdown, random_inputs, random_layer, row_of
 from benchmarks.peers.interface import MoeShape
 from ferrum_models.moe import run_experts
+from ferrum_ops.testing import gpu
+from ferrum_ops.testing.timing import timing_of
 
 SMALL = MoeShape(hidden=256, width=64, experts=6, top_k=2)
 
@@ -23,6 +26,40 @@ def test_a_right_block_passes_the_check_and_a_wrong_one_does_not(name, tokens, m
     monkeypatch.setattr(gpu_moe, "run_experts", lambda *args: run_experts(*args).roll(1, -1))
     with pytest.raises(AssertionError):
         check(name, weights, inputs)
+
+
+def test_what_competes_where_products_are_bound_by_computing(monkeypatch):
+    """Each way is one call of the block per layer, and wgmma is asked for inside its own alone."""
+    inside, ran = [], {}
+
+    @contextmanager
+    def wgmma():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def run(name, hidden, ids, topk_weights, weights):
+        ran.setdefault((name, getattr(weights, "block_size", 0), getattr(weights, "grouped", True), bool(inside)), 0)
+        return run_experts(name, hidden, ids, topk_weights, weights)
+
+    def compare(candidates):
+        ran.clear()  # what was checked
+        return {name: timing_of([call() is not None and 1e-6 for call in calls]) for name, calls in candidates.items()}
+
+    monkeypatch.setattr(gpu_moe, "LEAST_COMPUTE_BOUND", 9)
+    monkeypatch.setattr(gpu_moe, "random_inputs", lambda block, tokens, device: random_inputs(block, tokens, "cpu"))
+    monkeypatch.setattr(gpu_moe, "run_experts", run)
+    for name, function in {"wgmma": wgmma, "has_wgmma": lambda: True, "compare": compare}.items():
+        monkeypatch.setattr(gpu, name, function)
+    layers = [random_layer(SMALL, "cpu") for _ in range(2)]
+    row = gpu_moe.measure(SMALL, layers, [], 9, 1e12)
+    assert {"bucketed", "dequantise", "wgmma"} <= row.keys() and not inside
+    assert set(ran) == {
+        ("fused", 0, True, False),
+        ("bucketed", 0, True, False),
+        ("fused", 0, False, False),
+        ("fused", 64, True, True),
+    }
 
 
 def test_bytes_are_those_of_the_active_experts():
