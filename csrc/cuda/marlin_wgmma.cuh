@@ -159,15 +159,15 @@ __device__ __forceinline__ void multiply_stages(const MarlinProduct<T>& p,
     const int first_group = group;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      warp.multiply(codes[step % 2], x + step * (2 * kMarlinStep >> 4), keep, sums);
-      if (step == 0) {
-        fetcher.next(last);
-      }
       const bool here = step + 1 < kSteps, ends = stage * kSteps + step + 1 == group_end;
       if (ends) {
         warp.load_zeros(here ? at : after, here ? group + 1 - first_group : 0);
       }
+      warp.multiply(codes[step % 2], x + step * (2 * kMarlinStep >> 4), keep, sums);
       warp.load(here ? at : after, (step + 1) % kSteps, codes[(step + 1) % 2]);
+      if (step == 0) {
+        fetcher.next(last);
+      }
       wgmma_wait<0>(sums);
       keep = !ends;
       if (ends) {

@@ -48,6 +48,7 @@ def test_what_competes_where_products_are_bound_by_computing(monkeypatch):
 
     monkeypatch.setattr(gpu_moe, "LEAST_COMPUTE_BOUND", 9)
     monkeypatch.setattr(gpu_moe, "random_inputs", lambda block, tokens, device: random_inputs(block, tokens, "cpu"))
+    monkeypatch.setattr(gpu_moe, "has_grouped_product", lambda device: True)
     monkeypatch.setattr(gpu_moe, "run_experts", run)
     for name, function in {"wgmma": wgmma, "has_wgmma": lambda: True, "compare": compare}.items():
         monkeypatch.setattr(gpu, name, function)

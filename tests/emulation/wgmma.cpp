@@ -87,7 +87,7 @@ std::vector<const unsigned char*> pieces_of(const WgmmaIssue& issue) {
     for (int half = 0; half < 2; ++half) {
       size_t address = (field(0, 0x3fff) << 4) + column / 8 * stride + column % 8 * 128 + half * 16;
       address ^= (address >> 7 & 7) << 4;  // of the address itself, so that a matrix may begin within a row
-      pieces.push_back(base + ((address - shared_address(base)) & kSharedAddressMask));
+      pieces.push_back(base + static_cast<ptrdiff_t>(address) - kDynamicSharedStart);
     }
   }
   return pieces;

@@ -25,10 +25,12 @@ inline void require_shared(const char* instruction, const void* address, size_t 
   }
 }
 
-// The low bits, as far as shared memory goes, of the address on this machine.
-constexpr uint32_t kSharedAddressMask = 0x3ffff;
+// Where dynamic shared memory begins in its address space: behind the static one, so that a kernel may count on the
+// alignment of its array (launch.h) and on no more.
+constexpr uint32_t kDynamicSharedStart = 1024 + 32;
 inline uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(shared)) & kSharedAddressMask;
+  return kDynamicSharedStart +
+         static_cast<uint32_t>(static_cast<const char*>(shared) - static_cast<const char*>(dynamic_shared()));
 }
 
 inline void cp_async(void* shared, const void* global, int bytes, int valid) {
