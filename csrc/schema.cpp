@@ -10,6 +10,19 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lens, float scale, bool causal=True, "
       "int window=0) -> Tensor");
+  m.def(
+      "decoder_attention_int4_(Tensor hidden, Tensor norm_weight, float eps, "
+      "Tensor qkv, Tensor qkv_scales, Tensor? qkv_zeros, Tensor? qkv_perm, Tensor? qkv_bias, int qkv_group_size, "
+      "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, "
+      "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, float scale, "
+      "Tensor o, Tensor o_scales, Tensor? o_zeros, Tensor? o_perm, Tensor? o_bias, int o_group_size, "
+      "int num_heads, str activation) -> Tensor");
+  m.def(
+      "decoder_experts_int4(Tensor attended, Tensor residual, Tensor norm_weight, float eps, "
+      "Tensor router_weight, int top_k, bool renormalize, "
+      "Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, "
+      "Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, "
+      "int intermediate_size, str activation) -> Tensor");
   m.def("embedding_lookup(Tensor table, Tensor ids) -> Tensor");
   m.def("fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("fused_add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");

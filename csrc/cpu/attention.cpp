@@ -173,6 +173,8 @@ void check_cache_rows(const char* op, const Tensor& k_cache, const Tensor& v_cac
   }
 }
 
+}  // namespace
+
 Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& kv_lens, double scale,
                  bool causal, int64_t window) {
   const char* op = "attention";
@@ -211,6 +213,8 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   run(a, plan, q);
   return out;
 }
+
+namespace {
 
 // The dtype of the pools and their scales. Returns whether they are int8.
 bool check_pool_dtype(const char* op, const Tensor& q, const Tensor& k_cache, const std::optional<Tensor>& k_scale,

@@ -163,6 +163,8 @@ Tensor linear(const Arguments& a, bool int8_activations, TileKernel multiply_til
   return out;
 }
 
+}  // namespace
+
 Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
                    std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                    std::string activation) {
@@ -172,6 +174,8 @@ Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   return linear({op, x, packed, scales, zeros, perm, bias, out_features, group_size, int4::kLineBytes}, int8,
                 int8 ? kernels.int4_by_int8 : kernels.int4_by_full);
 }
+
+namespace {
 
 Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                    int64_t out_features, int64_t group_size, std::string activation) {

@@ -5,7 +5,6 @@
 #include "cpu/kv_cache_args.h"
 
 namespace ferrum::cpu {
-namespace {
 
 void kv_append_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_lens) {
   const char* op = "kv_append_";
@@ -35,6 +34,8 @@ void kv_append_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v
     }
   });
 }
+
+namespace {
 
 void paged_kv_write_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& slot_mapping) {
   const char* op = "paged_kv_write_";

@@ -39,6 +39,8 @@ ExpertMatrices matrices(const Tensor& codes, const Tensor& scales, const std::op
   return {first, tiles, perm ? data<int32_t>(*perm) : nullptr, perm_parts, group_size};
 }
 
+}  // namespace
+
 Tensor moe_experts_int4(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& w13,
                         const Tensor& w13_scales, std::optional<Tensor> w13_zeros, std::optional<Tensor> w13_perm,
                         int64_t w13_group_size, const Tensor& w2, const Tensor& w2_scales,
@@ -103,6 +105,8 @@ Tensor moe_experts_int4(const Tensor& hidden, const Tensor& topk_ids, const Tens
   }
   return out;
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) { m.impl("moe_experts_int4", TORCH_BOX(&moe_experts_int4)); }
 

@@ -31,6 +31,8 @@ NormRows rows_of(const NormArguments& a) {
   return rows;
 }
 
+}  // namespace
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const NormArguments a = check_norm("rms_norm", x, nullptr, weight, eps);
   Tensor out = torch::stable::new_empty(x, x.sizes());
@@ -53,6 +55,8 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& res
   run(rows, a.x_rows.rows);
   return {out, sum};
 }
+
+namespace {
 
 void fused_add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   const char* op = "fused_add_rms_norm_";

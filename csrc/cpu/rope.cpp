@@ -35,6 +35,8 @@ Tensor qk_norm_rope(const Tensor& x, const std::optional<Tensor>& norm_weight, c
   return out;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> split_qkv_norm_rope(const Tensor& qkv, const std::optional<Tensor>& q_weight,
                                                        const std::optional<Tensor>& k_weight, const Tensor& cos,
                                                        const Tensor& sin, const std::optional<Tensor>& positions,
@@ -67,7 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> split_qkv_norm_rope(const Tensor& qkv, const 
   return {q_out, k_out, v_out};
 }
 
-}  // namespace
 }  // namespace ferrum::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {

@@ -33,6 +33,11 @@ class Profile:
 _active: ContextVar[Profile | None] = ContextVar("ferrum_moe_profile", default=None)
 
 
+def is_profiled() -> bool:
+    """Whether somebody collects the phases of MoE blocks in this thread."""
+    return _active.get() is not None
+
+
 @contextmanager
 def profile() -> Iterator[Profile]:
     """Collects the phases of every MoE block that runs inside the `with` block in this thread.

@@ -275,10 +275,12 @@ class Int4ExpertWeights(ExpertWeights):
         )
 
     def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        return ferrum_ops.moe_experts_int4(
-            hidden,
-            topk_ids,
-            topk_weights,
+        return ferrum_ops.moe_experts_int4(hidden, topk_ids, topk_weights, *self.op_arguments)
+
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What the ops on these weights take, from `w13` on."""
+        return (
             self.w13,
             self.w13_scales,
             self.w13_zeros,

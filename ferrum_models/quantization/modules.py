@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,19 +150,17 @@ class Int4Linear(_FormatModule):
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         self.activation = activation
 
+    @property
+    def tensors(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """packed, scales, zeros, perm and bias."""
+        buffers: dict[str, Any] = self._buffers  # attributes of a module are looked up in three places
+        return buffers["packed"], buffers["scales"], buffers["zeros"], buffers["perm"], buffers["bias"]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        buffers = self._buffers  # attributes of a module are looked up in three places
-        return ferrum_ops.int4_linear(
-            x.contiguous(),  # the last rows of a batch are a slice
-            buffers["packed"],
-            buffers["scales"],
-            buffers["zeros"],
-            buffers["perm"],
-            buffers["bias"],
-            self.out_features,
-            self.group_size,
-            self.activation,
-        )
+        x = x.contiguous()  # the last rows of a batch are a slice
+        return ferrum_ops.int4_linear(x, *self.tensors, self.out_features, self.group_size, self.activation)
 
     def set_activation(self, name: str) -> None:
         self.activation = name

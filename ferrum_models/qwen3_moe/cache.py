@@ -38,13 +38,25 @@ class GrowingLayer(DynamicLayer):
         self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` of token-major `[B, n, Hkv, D]`; lengths int32 `[B]`, each what the layer holds."""
-        if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        length = self.get_seq_length() + key.shape[1]
-        if self._buffers is None or not self._fits(key.shape[0], length):
-            self._grow(key, length)
-        keys, values = self._buffers  # type: ignore[misc]
+        keys, values = self.room_for(key.shape[0], key.shape[1], key.shape[2], key.shape[3], key)
         ferrum_ops.kv_append_(keys, values, key, value, lengths)
+        return self.hold(self.get_seq_length() + key.shape[1])
+
+    def room_for(
+        self, batch: int, tokens: int, heads: int, head_dim: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers, with room for that many new tokens behind those held."""
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        length = self.get_seq_length() + tokens
+        if self._buffers is None or not self._fits(batch, length):
+            self._grow(batch, heads, head_dim, like, length)
+        return self._buffers  # type: ignore[return-value]
+
+    def hold(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the first `length` tokens of the buffers as held."""
+        assert self._buffers is not None
+        keys, values = self._buffers
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
         return self.keys, self.values
 
@@ -59,9 +71,8 @@ class GrowingLayer(DynamicLayer):
         )
         return in_place and length <= keys.shape[2] and keys.shape[0] == batch
 
-    def _grow(self, like: torch.Tensor, length: int) -> None:
-        held, (batch, _, heads, head_dim) = self.get_seq_length(), like.shape
-        capacity = length + max(length // 2, LEAST_GROWTH)
+    def _grow(self, batch: int, heads: int, head_dim: int, like: torch.Tensor, length: int) -> None:
+        held, capacity = self.get_seq_length(), length + max(length // 2, LEAST_GROWTH)
         old = (self.keys, self.values)
         self._buffers = tuple(like.new_empty(batch, heads, capacity, head_dim) for _ in old)
         if held:

@@ -2,8 +2,9 @@
 
 transformers' forward passes through a dozen Python layers per decoder layer (hooks, output capture, mask and cache
 dispatch); at one token that costs as much as small layers compute. This is the same sequence of ops, called directly,
-with the same bits as a result. `applies` says when it may stand in: whoever hooks into modules, asks for hidden states
-or attentions, pads a batch, compiles or uses another cache or attention gets transformers' own path.
+with the same bits as a result; a half of a layer over int4 weights in the CPU's layout is one op. `applies` says when
+it may stand in: whoever hooks into modules, asks for hidden states or attentions, pads a batch, compiles or uses
+another cache or attention gets transformers' own path.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import ferrum_ops
+from ferrum_models.moe.profile import is_profiled
 from ferrum_models.moe.registry import run_experts
+from ferrum_models.moe.weights import Int4ExpertWeights
+from ferrum_models.quantization.modules import Int4Linear, PackedExperts
 from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
 from ferrum_models.qwen3_moe.cache import GrowingLayer, let_grow
 from ferrum_models.qwen3_moe.step_cache import StepCache
@@ -143,15 +147,105 @@ def decoder_layer(
 ) -> torch.Tensor:
     """`[T, H]` -> `[T, H]`."""
     parts: dict[str, Any] = layer._modules
-    attended = attention(parts["self_attn"], parts["input_layernorm"].forward(hidden), rotary, cache, index, lengths)
-    norm = parts["post_attention_layernorm"]
+    norm, module = parts["input_layernorm"], parts["self_attn"]
+    growing = growing_layer(cache, index)
+    if growing is not None and is_int4_attention(module, hidden, norm):
+        attended = int4_attention(module, norm, hidden, rotary, growing, lengths[0])
+    else:
+        attended = attention(module, norm.forward(hidden), rotary, cache, index, lengths)
+    norm, mlp = parts["post_attention_layernorm"], parts["mlp"]
+    if is_int4_experts(mlp, hidden):
+        return int4_experts(mlp, norm, attended, hidden)
     normed, residual = ferrum_ops.fused_add_rms_norm(attended, hidden, norm.weight, norm.variance_epsilon)
-    mlp = parts["mlp"]
     if "experts" not in mlp._modules:
         return residual + mlp.forward(normed)
     _, topk_weights, topk_ids = mlp._modules["gate"].forward(normed)
     weights = mlp._modules["experts"].weights
     return residual + run_experts(mlp.implementation, normed, topk_ids, topk_weights, weights)
+
+
+def growing_layer(cache: Cache | StepCache | None, index: int) -> GrowingLayer | None:
+    """The layer of a cache whose buffers grow; None for other caches, and where the layer is not there yet."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if isinstance(layer, GrowingLayer) else None
+
+
+def is_int4_attention(module: Any, hidden: torch.Tensor, norm: Any) -> bool:
+    """Whether `int4_attention` computes this module: its linears in the CPU's layout, one eps for all norms."""
+    qkv, o = module._modules["qkv_proj"], module._modules["o_proj"]
+    return (
+        hidden.is_cpu
+        and type(qkv) is Int4Linear
+        and type(o) is Int4Linear
+        and qkv.activation == o.activation
+        and module._modules["q_norm"].variance_epsilon == norm.variance_epsilon
+    )
+
+
+def int4_attention(
+    module: Any,
+    norm: Any,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    cache: GrowingLayer,
+    held: torch.Tensor,
+) -> torch.Tensor:
+    """`attention` of the normed rows, as one op. held int32 `[B]`: tokens in the cache."""
+    parts = module._modules
+    qkv: Int4Linear = parts["qkv_proj"]
+    o: Int4Linear = parts["o_proj"]
+    batch, length = held.shape[0], cache.get_seq_length()
+    tokens = hidden.shape[0] // batch
+    keys, values = cache.room_for(batch, tokens, module.num_kv_heads, module.head_dim, hidden)
+    attended = ferrum_ops.decoder_attention_int4_(
+        hidden,
+        norm.weight,
+        norm.variance_epsilon,
+        *qkv.tensors,
+        qkv.group_size,
+        parts["q_norm"].weight,
+        parts["k_norm"].weight,
+        *rotary,
+        None,
+        keys,
+        values,
+        held,
+        module.scaling,
+        *o.tensors,
+        o.group_size,
+        module.num_heads,
+        qkv.activation,
+    )
+    cache.hold(length + tokens)
+    return attended
+
+
+def is_int4_experts(mlp: Any, hidden: torch.Tensor) -> bool:
+    """Whether `int4_experts` computes this block: in the CPU's layout, run by "fused", its phases not timed."""
+    experts = mlp._modules.get("experts")
+    return (
+        hidden.is_cpu
+        and type(experts) is PackedExperts
+        and experts.layout == Int4ExpertWeights.layout
+        and mlp.implementation == "fused"
+        and not is_profiled()
+    )
+
+
+def int4_experts(mlp: Any, norm: Any, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Residual, norm, router and experts as one op."""
+    gate, experts = mlp._modules["gate"], mlp._modules["experts"].weights
+    return ferrum_ops.decoder_experts_int4(
+        attended,
+        hidden,
+        norm.weight,
+        norm.variance_epsilon,
+        gate.weight,
+        gate.top_k,
+        gate.norm_topk_prob,
+        *experts.op_arguments,
+    )
 
 
 def attention(
@@ -184,8 +278,8 @@ def attention(
         return parts["o_proj"](out.view(hidden.shape[0], -1))
     if cache is None:
         keys, values = key.transpose(1, 2), value.transpose(1, 2)
-    elif index < len(cache.layers) and isinstance(cache.layers[index], GrowingLayer):
-        keys, values = cache.layers[index].append(key, value, lengths[0])
+    elif (growing := growing_layer(cache, index)) is not None:
+        keys, values = growing.append(key, value, lengths[0])
     else:
         keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
     out = ferrum_ops.attention(query, keys, values, lengths[1], this.scaling)

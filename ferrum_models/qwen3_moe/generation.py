@@ -1,4 +1,5 @@
-"""transformers' `generate` on recorded steps, for greedy decoding and sampling of one sequence per prompt."""
+"""transformers' `generate` for greedy decoding and sampling of one sequence per prompt: on recorded steps, or on a CPU
+on steps that go straight to the forward pass, past a loop whose Python costs as much as a small layer."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from ferrum_models.qwen3_moe import decode
+import ferrum_ops
+from ferrum_models.qwen3_moe import decode, direct
 from ferrum_models.qwen3_moe.attention import NAME
 from ferrum_models.qwen3_moe.decode import DecodeGraph
 
@@ -27,8 +29,7 @@ def why_not(
     generation_config: GenerationConfig,
     arguments: dict[str, Any],
 ) -> str | None:
-    """Why this call cannot run on recorded steps, or None."""
-    most = model.runtime_config.cuda_max_kv
+    """Why this call cannot run on steps of our own, or None."""
     cache = arguments.get("past_key_values")
     others = {name for name, value in arguments.items() if value is not None} - KNOWN_ARGUMENTS
     if others:
@@ -43,13 +44,63 @@ def why_not(
         type(cache) is not DynamicCache or cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
     ):
         return "a cache was given"
+    if getattr(generation_config, "prefill_chunk_size", None) is not None:
+        return "the prompt is to be read in chunks"
     if model.runtime_config.moe_profile:
         return "the MoE blocks are profiled"
     if stopping_criteria.max_length is None:
         return "there is no maximum length"
+    return decode.check_model(model)
+
+
+def why_no_graph(
+    model: Qwen3MoeForCausalLM,
+    input_ids: torch.Tensor,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    arguments: dict[str, Any],
+) -> str | None:
+    """Why this call cannot run on recorded steps, or None."""
+    if (reason := why_not(model, input_ids, stopping_criteria, generation_config, arguments)) is not None:
+        return reason
+    most = model.runtime_config.cuda_max_kv
     if most is not None and stopping_criteria.max_length > most:
         return f"max_length {stopping_criteria.max_length} is above cuda_max_kv {most}"
-    return decode.check_model(model)
+    return None
+
+
+class CachedSteps:
+    """Steps on transformers' cache, on a CPU; no padding."""
+
+    def __init__(self, model: Qwen3MoeForCausalLM, batch: int) -> None:
+        self.model, self.batch = model, batch
+        self.cache: DynamicCache | None = None
+        self._lengths, self._positions = torch.zeros(2, batch, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int64)
+
+    @staticmethod
+    def applies(model: Qwen3MoeForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether these prompts can be continued so: where the first forward pass goes the direct way."""
+        arguments = {"use_cache": True, "logits_to_keep": 1}
+        return input_ids.is_cpu and direct.applies(model, input_ids, attention_mask, None, DynamicCache(), arguments)
+
+    @torch.no_grad()
+    def start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Take in the prompts. Returns logits `[B, V]`."""
+        out = self.model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        self._lengths.fill_(input_ids.shape[1])
+        self._positions.fill_(input_ids.shape[1] - 1)
+        return out.logits[:, -1]
+
+    @torch.no_grad()
+    def run(self, steps: int, input_ids: torch.Tensor) -> torch.Tensor:
+        """One step with these tokens, int64 `[B]`. Returns logits `[B, V]`."""
+        assert steps == 1
+        self._positions += 1
+        self._lengths[1] += 1
+        hidden = direct.hidden_states(self.model, input_ids[:, None], self._positions, self.cache, self._lengths)
+        self._lengths[0] += 1
+        return self.model.lm_head(hidden)[:, -1]
 
 
 def graph_of(model: Qwen3MoeForCausalLM, batch: int, length: int) -> DecodeGraph:
@@ -64,7 +115,7 @@ def graph_of(model: Qwen3MoeForCausalLM, batch: int, length: int) -> DecodeGraph
 
 
 def generate(
-    graph: DecodeGraph,
+    steps: DecodeGraph | CachedSteps,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
@@ -78,26 +129,29 @@ def generate(
     pad = generation_config._pad_token_tensor
     pad_id = 0 if pad is None else int(pad)
     plain = all(isinstance(criterion, EosTokenCriteria | MaxLengthCriteria) for criterion in stopping_criteria)
-    if generation_config.do_sample or len(logits_processor) > 0 or not plain or len(eos_ids) > decode.MOST_EOS_IDS:
+    greedy = not generation_config.do_sample and len(logits_processor) == 0
+    if isinstance(steps, DecodeGraph) and greedy and plain and len(eos_ids) <= decode.MOST_EOS_IDS:
+        return steps.generate(
+            input_ids,
+            attention_mask,
+            max_new_tokens=stopping_criteria.max_length - input_ids.shape[1],
+            eos_token_ids=eos_ids,
+            pad_token_id=pad_id,
+            streamer=streamer,
+        )
 
-        def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            scores = logits_processor(ids, logits.to(torch.float32, copy=True))
-            return torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
+    def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if greedy:
+            return ferrum_ops.argmax_rows(logits)
+        scores = logits_processor(ids, logits.to(torch.float32, copy=True))
+        return torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
 
-        ended = pad_id if eos_ids else None
-        return _generate_on_host(graph, input_ids, choose, stopping_criteria, ended, streamer, attention_mask)
-    return graph.generate(
-        input_ids,
-        attention_mask,
-        max_new_tokens=stopping_criteria.max_length - input_ids.shape[1],
-        eos_token_ids=eos_ids,
-        pad_token_id=pad_id,
-        streamer=streamer,
-    )
+    ended = pad_id if eos_ids else None
+    return _generate_on_host(steps, input_ids, choose, stopping_criteria, ended, streamer, attention_mask)
 
 
 def _generate_on_host(
-    graph: DecodeGraph,
+    steps: DecodeGraph | CachedSteps,
     input_ids: torch.Tensor,
     choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     stopping_criteria: StoppingCriteriaList,
@@ -105,12 +159,14 @@ def _generate_on_host(
     streamer: Any,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The model's part of a step is recorded; `choose` (of the ids so far and logits) and criteria run as they are.
+    """`steps` runs the model; `choose` (of the ids so far and logits) and criteria run as they are.
 
     `pad_id` follows in a sequence that has ended; None: no id ends one.
     """
-    logits = graph.start(input_ids, attention_mask)
-    unfinished = torch.ones(graph.batch, dtype=torch.long, device=input_ids.device)
+    logits = steps.start(input_ids, attention_mask)
+    # The only question then is how long it has become, and the host knows.
+    counted = all(type(criterion) is MaxLengthCriteria for criterion in stopping_criteria)
+    unfinished = torch.ones(steps.batch, dtype=torch.long, device=input_ids.device)
     while True:
         chosen = choose(input_ids, logits)
         if pad_id is not None:
@@ -118,10 +174,14 @@ def _generate_on_host(
         input_ids = torch.cat([input_ids, chosen[:, None]], dim=-1)
         if streamer is not None:
             streamer.put(chosen.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if not bool(unfinished.any()):
-            break
-        logits = graph.run(1, chosen)
+        if counted:
+            if input_ids.shape[1] >= stopping_criteria.max_length:
+                break
+        else:
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            if not bool(unfinished.any()):
+                break
+        logits = steps.run(1, chosen)
     if streamer is not None:
         streamer.end()
     return input_ids

@@ -47,11 +47,17 @@ class RotaryEmbedding(hf.Qwen3MoeRotaryEmbedding):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The parent (with its scaled and dynamic variants) computes in float32 and casts to the dtype of `x`.
-        cos, sin = super().forward(x.float(), position_ids)
-        half = cos.shape[-1] // 2
         batch = x.shape[0]
-        cos, sin = (t[..., :half].expand(batch, -1, -1).reshape(-1, half) for t in (cos, sin))
+        if "dynamic" in self.rope_type or self.rope_type == "longrope":
+            # The parent changes its frequencies with the positions. It casts to the dtype of `x`.
+            cos, sin = super().forward(x.float(), position_ids)
+            half = cos.shape[-1] // 2
+            cos, sin = (t[..., :half].expand(batch, -1, -1).reshape(-1, half) for t in (cos, sin))
+            return cos, sin
+        angles = position_ids.expand(batch, -1).reshape(-1, 1).float() * self.inv_freq.float()
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1.0:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         return cos, sin
 
 
@@ -349,7 +355,7 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
     ) -> Any:
         """The loop of `generate` for greedy decoding and sampling."""
         if self.runtime_config.cuda_graph and decode.graphs_for(input_ids.device) is not None:
-            reason = generation.why_not(self, input_ids, stopping_criteria, generation_config, model_kwargs)
+            reason = generation.why_no_graph(self, input_ids, stopping_criteria, generation_config, model_kwargs)
             if reason is None and not synced_gpus:
                 graph = generation.graph_of(self, input_ids.shape[0], stopping_criteria.max_length)
                 mask = model_kwargs.get("attention_mask")
@@ -357,6 +363,14 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
                     graph, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
                 )
             decode.warn_once(self, reason or "several processes generate together")
+        elif input_ids.is_cpu and not synced_gpus:
+            mask = model_kwargs.get("attention_mask")
+            reason = generation.why_not(self, input_ids, stopping_criteria, generation_config, model_kwargs)
+            if reason is None and generation.CachedSteps.applies(self, input_ids, mask):
+                steps = generation.CachedSteps(self, input_ids.shape[0])
+                return generation.generate(
+                    steps, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
+                )
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from ferrum_models import Qwen3MoeForCausalLM
+from ferrum_models.moe import profile
 from ferrum_models.qwen3_moe import direct
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
@@ -66,9 +67,37 @@ def test_logits_to_keep(model, taken, keep):
     assert taken and torch.equal(out.logits, by_modules(model, ids(2, 9), logits_to_keep=keep).logits)
 
 
-def test_generate_takes_it_for_every_token(model, taken):
-    model.generate(ids(1, 5), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert len(taken) == 6
+def test_generate_takes_it_for_every_token(model, monkeypatch):
+    calls = []
+    own = direct.hidden_states
+    monkeypatch.setattr(direct, "hidden_states", lambda *args: calls.append(1) or own(*args))
+    for options in ({}, {"output_scores": True, "return_dict_in_generate": True}):  # our loop and transformers'
+        model.generate(ids(1, 5), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **options)
+        assert len(calls) == 6
+        calls.clear()
+
+
+def test_int4_halves_are_one_op(model):
+    with torch.no_grad(), Ops() as ops:
+        model(ids(2, 3))
+    assert {"ferrum::decoder_attention_int4_", "ferrum::decoder_experts_int4"} <= ops.names
+    assert not {"ferrum::int4_linear", "ferrum::moe_experts_int4"} & ops.names
+    with torch.no_grad(), Ops() as ops, profile():
+        model(ids(2, 3))
+    assert {"ferrum::decoder_attention_int4_", "ferrum::moe_experts_int4"} <= ops.names
+    model.model.layers[0].self_attn.o_proj.set_activation("full")
+    with torch.no_grad(), Ops() as ops:
+        model(ids(2, 3))
+    model.set_activation("int8")
+    assert {"ferrum::decoder_attention_int4_", "ferrum::int4_linear"} <= ops.names
+
+
+def test_a_model_without_int4_takes_the_parts(taken):
+    dense = Qwen3MoeForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32, layout="dense")
+    with torch.no_grad(), Ops() as ops:
+        got = dense(ids(2, 3))
+    assert taken and not any("decoder" in name for name in ops.names)
+    assert torch.equal(got.logits, by_modules(dense, ids(2, 3)).logits)
 
 
 def test_positions_are_honoured(model, taken):

@@ -1,0 +1,2 @@
+#define FERRUM_LEVEL_GENERIC
+#include "cpu/decoder_kernels.h"
