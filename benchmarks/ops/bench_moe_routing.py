@@ -21,7 +21,8 @@ def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKE
         logits = torch.randn(tokens, EXPERTS).to(dtype)
         ids = logits.float().topk(TOP_K, -1).indices.int()
         pairs = ids.numel()
-        x, weight = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(EXPERTS, HIDDEN).to(dtype)
+        # Integers, whose logits every dtype holds: rounding decides no choice of experts.
+        x, weight = (torch.randint(-1, 2, (rows, HIDDEN)).to(dtype) for rows in (tokens, EXPERTS))
         label = f"T={tokens} E={EXPERTS} K={TOP_K}"
 
         def route(logits=logits):

@@ -34,8 +34,8 @@ _active: ContextVar[Profile | None] = ContextVar("ferrum_moe_profile", default=N
 
 
 def is_profiled() -> bool:
-    """Whether somebody collects the phases of MoE blocks in this thread."""
-    return _active.get() is not None
+    """Whether somebody collects the phases of MoE blocks in this thread. Compiled code is not seen into."""
+    return not torch.compiler.is_compiling() and _active.get() is not None
 
 
 @contextmanager
@@ -68,6 +68,8 @@ def _timed(collected: Profile, name: str) -> Iterator[None]:
 
 def phase(name: str) -> AbstractContextManager[None]:
     """One phase of an implementation; free when nobody profiles or the code is being compiled."""
-    if torch.compiler.is_compiling() or (collected := _active.get()) is None:
+    if not is_profiled():
         return nullcontext()
+    collected = _active.get()
+    assert collected is not None
     return _timed(collected, name)

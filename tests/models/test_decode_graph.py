@@ -250,7 +250,8 @@ def test_a_capture_that_fails_is_told_and_decoding_goes_on(model, monkeypatch):
     ids = prompts(2, 9)
     expected = greedy(model, ids, 6)
     graph = recorded(model)
-    monkeypatch.setitem(registry.IMPLEMENTATIONS, "fused", reads_back)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "bucketed", reads_back)
+    model.set_moe_implementation("bucketed")
     with pytest.warns(UserWarning, match=r"\[DecodeGraph\] runs without a graph, capture failed: HostReadError: aten"):
         assert torch.equal(graph.generate(ids, max_new_tokens=6), expected)
     assert "aten._local_scalar_dense.default" in graph.fallback
@@ -258,7 +259,7 @@ def test_a_capture_that_fails_is_told_and_decoding_goes_on(model, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # told once
         graph.generate(ids, max_new_tokens=6)
-    monkeypatch.setitem(registry.IMPLEMENTATIONS, "fused", fused)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "bucketed", fused)
     graph.runner.reset()
     assert graph.fallback is None
     assert torch.equal(graph.generate(ids, max_new_tokens=6), expected)

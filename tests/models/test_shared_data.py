@@ -44,7 +44,7 @@ def test_full_activations_equal_the_reference(directory, reference, implementati
     assert torch.equal(generated, greedy)
 
 
-def test_int8_activations_at_the_reference_s_routing(directory, reference, monkeypatch):
+def test_int8_activations_at_the_reference_s_routing(directory, reference):
     model = Qwen3MoeForCausalLM.from_pretrained(directory, dtype=torch.float32, activation="int8")
     for i, layer in enumerate(model.model.layers):
         # int8 moves a few tokens to other experts, which is not an error of the experts: pin the routing.
@@ -52,7 +52,7 @@ def test_int8_activations_at_the_reference_s_routing(directory, reference, monke
         weight, ids = logits.softmax(-1).topk(model.config.num_experts_per_tok)
         weight = weight / weight.sum(-1, keepdim=True)
         routed = (logits, weight, ids.to(torch.int32))
-        monkeypatch.setattr(layer.mlp.gate, "forward", lambda _, routed=routed: routed)
+        layer.mlp.gate.register_forward_hook(lambda *_, routed=routed: routed)
     with torch.no_grad():
         logits = model(reference["input_ids"]).logits
     cosine = torch.cosine_similarity(logits, reference["logits"], dim=-1)
