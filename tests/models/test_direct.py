@@ -78,15 +78,15 @@ def test_generate_takes_it_for_every_token(model, monkeypatch):
 
 
 def test_int4_halves_are_one_op(model):
-    with torch.no_grad(), Ops() as ops:
+    with torch.no_grad(), Ops(model.config.hidden_size) as ops:
         model(ids(2, 3))
     assert {"ferrum::decoder_attention_int4_", "ferrum::decoder_experts_int4"} <= ops.names
     assert not {"ferrum::int4_linear", "ferrum::moe_experts_int4"} & ops.names
-    with torch.no_grad(), Ops() as ops, profile():
+    with torch.no_grad(), Ops(model.config.hidden_size) as ops, profile():
         model(ids(2, 3))
     assert {"ferrum::decoder_attention_int4_", "ferrum::moe_experts_int4"} <= ops.names
     model.model.layers[0].self_attn.o_proj.set_activation("full")
-    with torch.no_grad(), Ops() as ops:
+    with torch.no_grad(), Ops(model.config.hidden_size) as ops:
         model(ids(2, 3))
     model.set_activation("int8")
     assert {"ferrum::decoder_attention_int4_", "ferrum::int4_linear"} <= ops.names
@@ -94,7 +94,7 @@ def test_int4_halves_are_one_op(model):
 
 def test_a_model_without_int4_takes_the_parts(taken):
     dense = Qwen3MoeForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32, layout="dense")
-    with torch.no_grad(), Ops() as ops:
+    with torch.no_grad(), Ops(dense.config.hidden_size) as ops:
         got = dense(ids(2, 3))
     assert taken and not any("decoder" in name for name in ops.names)
     assert torch.equal(got.logits, by_modules(dense, ids(2, 3)).logits)
