@@ -2,12 +2,15 @@
 
 `python benchmarks/ops/bench_attention.py [--dtype float32] [--only decode] [--compile]`
 
-The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. Prefills are
-bounded by arithmetic instead. "huge": pools on huge pages, where the system has them; scattered blocks on ordinary ones
-cost a walk of the page tables every 4 KiB. Plain torch is scaled_dot_product_attention, over the contiguous cache also
-where the op reads pages: it leaves part of that cache, and none of the pages, in the last-level cache. --compile times,
-up to 512 query tokens, inductor's code for the formula written out, with the pages gathered first: the reference looks
-at lengths on the host, and scaled_dot_product_attention would be ATen's code again.
+The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. So is that of a
+single long one: plain torch, which runs between two of its calls, copies each head of the cache for every query head
+and leaves nothing else in the caches. Prefills are bounded by arithmetic instead.
+
+"huge": caches on huge pages, where the system has them, which is how ferrum_models allocates long ones; ordinary pages
+cost a walk of the page tables every 4 KiB, also where the bandwidth is measured. Plain torch is
+scaled_dot_product_attention, over the contiguous cache also where the op reads pages. --compile times, up to 512 query
+tokens, inductor's code for the formula written out, with the pages gathered first: the reference looks at lengths on
+the host, and scaled_dot_product_attention would be ATen's code again.
 """
 
 import argparse
@@ -93,7 +96,12 @@ def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> It
             q = q.transpose(1, 2)
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
-        yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa, partial(plain_attention, q, k, v, mask))
+        long_decode = tokens == 1 and keys >= 4096 and q.device.type == "cpu"
+        formula = partial(plain_attention, q, k, v, mask)
+        yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa, formula)
+        if long_decode:
+            huge = [huge_pages.empty(tuple(cache.shape), dtype).copy_(cache) for cache in (k, v)]
+            yield Case("attention", f"{label} huge", (q, *huge, lens, SCALE), moved, sdpa, formula)
 
         tables, blocks = block_tables_for((keys,) * batch, BLOCK_SIZE, torch.get_default_device())
         pools = torch.randn(2, blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype).unbind()
@@ -101,7 +109,7 @@ def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> It
         common = (tables, starts, lens, SCALE)
         formula = partial(plain_paged_attention, q, *pools, tables, mask)
         yield Case("paged_attention", label, (q.flatten(0, 1), *pools, *common), moved, sdpa, formula)
-        if tokens == 1 and keys >= 4096 and q.device.type == "cpu":
+        if long_decode:
             huge = [huge_pages.empty(tuple(pool.shape), dtype).copy_(pool) for pool in pools]
             yield Case("paged_attention", f"{label} huge", (q.flatten(0, 1), *huge, *common), moved, sdpa, formula)
         if tokens == 1:

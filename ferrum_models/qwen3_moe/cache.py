@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import ferrum_ops
+from ferrum_models import huge_pages
 
 #: A full buffer is replaced by one half again as large, and at least this many tokens larger.
 LEAST_GROWTH = 256
@@ -74,7 +75,11 @@ class GrowingLayer(DynamicLayer):
     def _grow(self, batch: int, heads: int, head_dim: int, like: torch.Tensor, length: int) -> None:
         held, capacity = self.get_seq_length(), length + max(length // 2, LEAST_GROWTH)
         old = (self.keys, self.values)
-        self._buffers = tuple(like.new_empty(batch, heads, capacity, head_dim) for _ in old)
+        shape = (batch, heads, capacity, head_dim)
+        if like.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._buffers = tuple(huge_pages.empty(shape, like.dtype) for _ in old)
+        else:
+            self._buffers = tuple(like.new_empty(shape) for _ in old)
         if held:
             for buffer, tensor in zip(self._buffers, old):
                 buffer[:, :, :held] = tensor

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 import ferrum_ops
+from ferrum_models import huge_pages
 
 
 class StepCache(ABC):
@@ -71,7 +72,7 @@ class ContiguousCache(StepCache):
     ) -> ContiguousCache:
         shape = (batch, heads, capacity, head_dim)
         # Zeros: rows behind a length are read in whole tiles, and no garbage may come of that.
-        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
+        keys, values = ([huge_pages.zeros(shape, dtype, device) for _ in range(layers)] for _ in range(2))
         return cls(keys, values)
 
     @property
@@ -131,7 +132,7 @@ class PagedCache(StepCache):
         shape = (batch * per_sequence, page_size, heads, head_dim)
 
         def pools(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+            return [huge_pages.zeros(shape, dtype, device) for _ in range(layers)]
 
         pool_dtype = torch.int8 if int8 else dtype
         self.keys, self.values = pools(shape, pool_dtype), pools(shape, pool_dtype)

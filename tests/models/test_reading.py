@@ -113,6 +113,8 @@ def test_memory_for_packed_weights(shape):
     tensor.copy_(values)
     assert torch.equal(tensor, values)
     assert torch.equal(huge_pages.cat([tensor, tensor]), torch.cat([values, values]))
+    assert torch.equal(huge_pages.zeros(shape, torch.int16, torch.device("cpu")), torch.zeros_like(values))
+    assert huge_pages.zeros(shape, torch.int16, torch.device("meta")).shape == shape
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not THP.exists(), reason="no transparent huge pages")
