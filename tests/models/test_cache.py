@@ -1,5 +1,6 @@
 """The growing cache and the attention interface "ferrum", against transformers' own cache and sdpa."""
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ferrum_models import Qwen3MoeForCausalLM
+from ferrum_models import Qwen3MoeForCausalLM, huge_pages
 from ferrum_models.qwen3_moe.attention import NAME, ferrum_mask
 from ferrum_models.qwen3_moe.cache import LEAST_GROWTH, GrowingLayer, let_grow
+from ferrum_models.qwen3_moe.step_cache import ContiguousCache, PagedCache
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
 
@@ -82,6 +84,29 @@ def test_reset_forgets():
     assert layer.get_seq_length() == 0
     keys, values = states(2)
     assert torch.equal(layer.update(keys, values)[0], keys)
+
+
+def grown(tokens):
+    layer = GrowingLayer()
+    layer.update(*states(tokens))
+    return layer._buffers
+
+
+STEPS = (1, 2, 20000, 3, 8, torch.float32, torch.device("cpu"))
+LONG = {
+    "growing": lambda: grown(20000),
+    "contiguous": lambda: ContiguousCache.allocate(*STEPS).buffers(),
+    "paged": lambda: PagedCache(*STEPS, 16, False).keys,
+    "int8": lambda: PagedCache(1, 2, 60000, *STEPS[3:], 16, True).values,
+}
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no transparent huge pages")
+@pytest.mark.parametrize("kind", LONG)
+def test_long_buffers_ask_for_huge_pages(kind):
+    buffers = LONG[kind]()
+    assert all(buffer.data_ptr() % huge_pages.HUGE_PAGE_BYTES == 0 for buffer in buffers)
+    assert kind == "growing" or not any(buffer.any() for buffer in buffers)
 
 
 def test_only_empty_dynamic_caches_grow():
