@@ -21,3 +21,8 @@ x, workspace = torch.randn(3, in_features), ferrum_ops.marlin_workspace("cpu")
 y = ferrum_ops.marlin_gemm(x, packed, permuted, None, None, None, workspace, out_features, group_size)
 weight = (codes.float() - 8) * scales.repeat_interleave(group_size, 0)
 print(torch.allclose(y, x @ weight, atol=1e-3))  # True
+
+# For many rows: the dense weights, for a product of any kind.
+dense = torch.empty(in_features, out_features)
+ferrum_ops.marlin_dequantize_out(packed, permuted, None, None, None, group_size, 4, False, dense)
+print(torch.equal(dense, weight))  # True
