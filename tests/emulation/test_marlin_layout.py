@@ -143,7 +143,7 @@ def test_repacking_rows_that_are_not_aligned(kernel):
     for view in (
         wide[:, :, 3:67],
         wide[:, :, 4:132],
-        wide.transpose(1, 2)[:, :64, :6].transpose(1, 2),
+        wide[:, :, 4:132:2],
         wide[::2, :, :64],
     ):
         repacked(kernel, view, perm[: len(view)], 4)
