@@ -96,6 +96,9 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
       "bool interleaved=False) -> Tensor");
   m.def("repetition_penalty_(Tensor(a!) logits, Tensor ids, Tensor offsets, Tensor penalty) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "route_topk_align(Tensor logits, int top_k, bool renormalize, int block_size) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)");
   m.def("router_topk_softmax(Tensor x, Tensor weight, int top_k, bool renormalize) -> (Tensor, Tensor, Tensor)");
   m.def("scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()");

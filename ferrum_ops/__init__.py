@@ -37,6 +37,7 @@ from ferrum_ops.ops.moe_routing import (
     moe_align_block_size,
     moe_build_pairs_by_token,
     moe_compute_ids_tpe,
+    route_topk_align,
     route_topk_softmax,
     router_topk_softmax,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "qk_norm_rope",
     "repetition_penalty_",
     "rms_norm",
+    "route_topk_align",
     "route_topk_softmax",
     "router_topk_softmax",
     "scaled_add_",

@@ -33,6 +33,7 @@ NO_CPU_KERNEL = {
     "marlin_repack_zeros": "data movement at load",
     "marlin_unpack": "data movement at save",
     "marlin_unpermute_scales": "data movement at save",
+    "route_topk_align": "blocks for the products of a layout for tensor cores; the reference is two ops' meaning",
 }
 #: Ops whose samples need no empty tensor, and why.
 NO_EMPTY_INPUT = {
@@ -282,6 +283,7 @@ paged_kv_write_int8_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_scale,
 qk_norm_rope(Tensor x, Tensor? norm_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved=False) -> Tensor
 repetition_penalty_(Tensor(a!) logits, Tensor ids, Tensor offsets, Tensor penalty) -> ()
 rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
+route_topk_align(Tensor logits, int top_k, bool renormalize, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 route_topk_softmax(Tensor logits, int top_k, bool renormalize) -> (Tensor, Tensor)
 router_topk_softmax(Tensor x, Tensor weight, int top_k, bool renormalize) -> (Tensor, Tensor, Tensor)
 scaled_add_(Tensor(a!) dst, Tensor src, float scale) -> ()

@@ -47,6 +47,13 @@ def cases(dtype: torch.dtype = torch.float32, token_counts: Sequence[int] = TOKE
             bytes_of(x, weight, logits) + 8 * pairs,
             router,
         )
+        yield Case(
+            "route_topk_align",
+            label,
+            (logits, TOP_K, True, BLOCK_SIZE),
+            bytes_of(logits)
+            + 4 * (2 * pairs + align_capacity(pairs, EXPERTS, BLOCK_SIZE) * (BLOCK_SIZE + 1) // BLOCK_SIZE),
+        )
         yield Case("moe_build_pairs_by_token", label, (ids, EXPERTS), 4 * (3 * pairs + EXPERTS + 1), build)
         yield Case("moe_compute_ids_tpe", label, (ids, EXPERTS, OUT_FEATURES), 4 * (pairs * (1 + EXPERTS) + EXPERTS))
         yield Case(

@@ -16,8 +16,7 @@ struct RouteArguments {
   Dtype dtype;
 };
 
-inline RouteArguments check_route(const Tensor& logits, int64_t top_k) {
-  const char* op = "route_topk_softmax";
+inline RouteArguments check_route(const char* op, const Tensor& logits, int64_t top_k) {
   const Dtype dtype = activation_dtype(op, "logits", logits);
   FERRUM_CHECK(logits.dim() == 2 && logits.size(1) <= kMaxExperts, op, "logits",
                "expected shape (tokens, experts) with at most ", kMaxExperts, " experts, got ", shape_string(logits));
@@ -63,25 +62,30 @@ struct AlignArguments {
   int64_t blocks;             // that no routing of as many pairs exceeds
 };
 
+// The blocks that no routing of `pairs` pairs, which come from the argument `name`, exceeds.
+inline int64_t check_blocks(const char* op, const char* name, int64_t pairs, int64_t num_experts, int64_t block_size) {
+  constexpr int64_t kBlockSizes[] = {8, 16, 32, 48, 64, 128};
+  FERRUM_CHECK(std::count(std::begin(kBlockSizes), std::end(kBlockSizes), block_size) == 1, op, "block_size",
+               "expected one of (8, 16, 32, 48, 64, 128), got ", block_size);
+  const int64_t bound = std::min(pairs * block_size, pairs + num_experts * (block_size - 1));
+  const int64_t blocks = (bound + block_size - 1) / block_size;
+  FERRUM_CHECK(blocks * block_size <= std::numeric_limits<int32_t>::max(), op, name,
+               "expected entries that int32 can count, got ", blocks * block_size);
+  return blocks;
+}
+
 inline AlignArguments check_align(const Tensor& topk_ids, int64_t num_experts, int64_t block_size,
                                   const std::optional<Tensor>& expert_map) {
   const char* op = "moe_align_block_size";
   check_topk_ids(op, topk_ids, num_experts);
-  constexpr int64_t kBlockSizes[] = {8, 16, 32, 48, 64, 128};
-  FERRUM_CHECK(std::count(std::begin(kBlockSizes), std::end(kBlockSizes), block_size) == 1, op, "block_size",
-               "expected one of (8, 16, 32, 48, 64, 128), got ", block_size);
   AlignArguments a{};
+  a.blocks = check_blocks(op, "topk_ids", topk_ids.numel(), num_experts, block_size);
   if (expert_map.has_value()) {
     check_dtype(op, "expert_map", *expert_map, ScalarType::Int);
     check_shape(op, "expert_map", *expert_map, {num_experts});
     check_contiguous(op, "expert_map", *expert_map);
     a.expert_map = data<int32_t>(*expert_map);
   }
-  const int64_t pairs = topk_ids.numel();
-  const int64_t bound = std::min(pairs * block_size, pairs + num_experts * (block_size - 1));
-  a.blocks = (bound + block_size - 1) / block_size;
-  FERRUM_CHECK(a.blocks * block_size <= std::numeric_limits<int32_t>::max(), op, "topk_ids",
-               "expected entries that int32 can count, got ", a.blocks * block_size);
   return a;
 }
 

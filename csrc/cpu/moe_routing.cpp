@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a, const Tensor& logits, 
 }
 
 std::tuple<Tensor, Tensor> route_topk_softmax(const Tensor& logits, int64_t top_k, bool renormalize) {
-  return route(check_route(logits, top_k), logits, top_k, renormalize);
+  return route(check_route("route_topk_softmax", logits, top_k), logits, top_k, renormalize);
 }
 
 }  // namespace

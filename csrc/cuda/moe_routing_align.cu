@@ -1,13 +1,14 @@
-// moe_align_block_size: the pairs sorted by expert, every expert padded to whole blocks.
+// moe_align_block_size: the pairs sorted by expert, every expert padded to whole blocks; route_topk_align, which
+// chooses their experts first.
 //
-// Floor: 4*P bytes of ids read, the capacity written once; of a decode step, the latency of one launch.
+// Floor: 4*P bytes of ids (or T*E logits) read, the capacity written once; of a decode step, the latency of one launch.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 
 #include "cuda/moe_routing_sort.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/moe_routing_topk.cuh"
 
 namespace ferrum::cuda {
 namespace {
@@ -69,12 +70,9 @@ __global__ void __launch_bounds__(1024)
   write_block_ids(pairs, padded, out);
 }
 
-// The launch has one block; left to itself the compiler spills to fit two into a multiprocessor.
-__global__ void __launch_bounds__(1024, 1) align_blocks(Pairs pairs, bool pair_ids, Blocks out) {
-  __shared__ int32_t scratch[kMaxWarps];
-  FERRUM_DYNAMIC_SHARED(int32_t, shared);
-  wait_for_previous_kernel();
-  start_next_kernel();
+// By the one block of a launch. `shared`: two arrays of the experts and the table of rank_chunk.
+__device__ __forceinline__ void align_pairs(const Pairs& pairs, bool pair_ids, const Blocks& out, int32_t* shared,
+                                            int32_t* scratch) {
   const int32_t experts = pairs.num_experts;
   int32_t* const totals = shared;
   int32_t* const starts = shared + experts;
@@ -100,6 +98,37 @@ __global__ void __launch_bounds__(1024, 1) align_blocks(Pairs pairs, bool pair_i
   find_starts({totals, starts, nullptr, out.total_post_pad, 1, experts, out.block_size}, scratch);
   write_entries(pairs, ranked, starts, entries, out);
   write_block_ids(pairs, starts, out);
+}
+
+// The launch has one block; left to itself the compiler spills to fit two into a multiprocessor.
+__global__ void __launch_bounds__(1024, 1) align_blocks(Pairs pairs, bool pair_ids, Blocks out) {
+  __shared__ int32_t scratch[kMaxWarps];
+  FERRUM_DYNAMIC_SHARED(int32_t, shared);
+  wait_for_previous_kernel();
+  start_next_kernel();
+  align_pairs(pairs, pair_ids, out, shared, scratch);
+}
+
+constexpr int kRouteWarps = 16;  // of the one block, each with a token of its own: registers for 1024 logits fit
+
+// `pairs` without ids, which are chosen here and stay in shared memory for their sorting.
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(32 * kRouteWarps, 1) route_and_align(Route<T> route, Pairs pairs, Blocks out) {
+  __shared__ int32_t scratch[kMaxWarps];
+  FERRUM_DYNAMIC_SHARED(int32_t, shared);
+  wait_for_previous_kernel();
+  start_next_kernel();
+  int32_t* const ids = shared;  // the sorting's memory lies behind them
+  const int token = static_cast<int>(threadIdx.x / 32);
+  if (token < route.tokens) {
+    route_token<T, kPerLane>(route, token, ids + token * route.top_k);
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < pairs.count; i += static_cast<int>(blockDim.x)) {
+    route.ids[i] = ids[i];
+  }
+  pairs.ids = ids;
+  align_pairs(pairs, true, out, ids + pairs.count, scratch);
 }
 
 void align(const Stream& stream, const SortConfig& config, const Pairs& pairs, bool pair_ids, const Tensor& like,
@@ -143,9 +172,59 @@ std::tuple<Tensor, Tensor, Tensor> moe_align_block_size(const Tensor& topk_ids, 
   return {sorted_token_ids, block_ids, total_post_pad};
 }
 
+// A warp for each token, a thread for each pair and each expert as far as a block goes; no warps where it cannot hold
+// them.
+constexpr SortConfig pick_route_config(int64_t tokens, int64_t top_k, int64_t num_experts) {
+  const int64_t pairs = tokens * top_k;
+  if (tokens > kRouteWarps || pairs > kSteps * 32 * kRouteWarps) {
+    return {};
+  }
+  const int64_t threads = pairs > num_experts ? pairs : num_experts, wanted = (threads + 31) / 32;
+  const int64_t most = wanted > tokens ? wanted : tokens;
+  const int warps = most < kRouteWarps ? static_cast<int>(most) : kRouteWarps;
+  return {warps, static_cast<int>((pairs + 32 * warps - 1) / (32 * warps)), 1, true};
+}
+static_assert(pick_route_config(2, 8, 128).warps == 4 && pick_route_config(16, 8, 128).warps == 16);
+static_assert(pick_route_config(16, 8, 128).steps == 1 && pick_route_config(16, 128, 128).steps == kSteps);
+static_assert(pick_route_config(17, 8, 128).warps == 0 && pick_route_config(16, 129, 1024).warps == 0);
+static_assert(pick_route_config(0, 1, 1).warps == 1 && pick_route_config(1, 1024, 1024).steps == 2);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_topk_align(const Tensor& logits, int64_t top_k,
+                                                                    bool renormalize, int64_t block_size) {
+  const char* op = "route_topk_align";
+  const RouteArguments a = check_route(op, logits, top_k);
+  const int64_t pairs = a.tokens * top_k, blocks = check_blocks(op, "logits", pairs, a.num_experts, block_size);
+  const auto integers = [&](int64_t count) { return new_output(logits, {count}, ScalarType::Int); };
+  Tensor ids = new_output(logits, {a.tokens, top_k}, ScalarType::Int);
+  Tensor weights = new_output(logits, {a.tokens, top_k}, ScalarType::Float);
+  Tensor sorted_token_ids = integers(blocks * block_size), block_ids = integers(blocks), total_post_pad = integers(1);
+  const Blocks out{mutable_data<int32_t>(sorted_token_ids), mutable_data<int32_t>(block_ids),
+                   mutable_data<int32_t>(total_post_pad), blocks, static_cast<int32_t>(block_size)};
+  const Stream stream(op, logits);
+  const SortConfig config = pick_route_config(a.tokens, top_k, a.num_experts);
+  if (config.warps > 0) {
+    Grid grid = grid_of(config, a.num_experts);
+    grid.shared_bytes += pairs * sizeof(int32_t);
+    const Pairs unchosen{nullptr, nullptr, pairs, static_cast<int32_t>(a.num_experts), config.steps};
+    for_dtype(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      const Route<T> route = route_of<T>(a, logits, renormalize, ids, weights);
+      for_logits_per_lane(a.num_experts, [&](auto per_lane) {
+        stream.launch_early(route_and_align<T, decltype(per_lane)::value>, grid, route, unchosen, out);
+      });
+    });
+  } else {
+    launch_route(stream, a, logits, renormalize, ids, weights);
+    const SortConfig sort = check_sort(op, pairs, a.num_experts);
+    align(stream, sort, pairs_of(ids, a.num_experts, nullptr, sort), true, ids, out);
+  }
+  return {ids, weights, sorted_token_ids, block_ids, total_post_pad};
+}
+
 }  // namespace
 }  // namespace ferrum::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(FERRUM_NAMESPACE, FERRUM_CUDA_KEY, m) {
   m.impl("moe_align_block_size", TORCH_BOX(&ferrum::cuda::moe_align_block_size));
+  m.impl("route_topk_align", TORCH_BOX(&ferrum::cuda::route_topk_align));
 }

@@ -22,3 +22,7 @@ print(pairs_by_token.tolist())  # [1, 3, 0, 2]
 sorted_token_ids, block_ids, total = ferrum_ops.moe_align_block_size(ids, num_experts=4, block_size=8)
 print(sorted_token_ids[: total.item()].view(-1, 8)[:, :3].tolist())  # [[2, 4, 4], [0, 3, 4], [1, 4, 4]]
 print(block_ids.tolist())  # [0, 1, 2, -1]
+
+# Both at once, in one launch for few tokens on a GPU.
+_, _, _, same_block_ids, _ = ferrum_ops.route_topk_align(logits, top_k=2, renormalize=True, block_size=8)
+print(same_block_ids.tolist())  # [0, 1, 2, -1]

@@ -12,6 +12,7 @@ from ferrum_models.moe.dequantized import dequantized_experts, has_grouped_produ
 from ferrum_models.moe.plan import (
     DEQUANTIZE_MIN_ROWS,
     PAIR_BLOCK,
+    Blocks,
     FusedConfig,
     pick_fused_config,
     pick_moe_block_size,
@@ -23,16 +24,6 @@ from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.formats import marlin
 
 Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """What `moe_align_block_size` gives, and the block size it was given."""
-
-    sorted_token_ids: torch.Tensor
-    block_ids: torch.Tensor
-    total_post_pad: torch.Tensor
-    block_size: int
 
 
 @register_layout
@@ -222,10 +213,9 @@ class MarlinExpertWeights(ExpertWeights):
         """Rows of x through their experts, `[M * top_k, H]`; a row that no block names is zero."""
         return self._grouped(self._activated(x, blocks, top_k), "w2", (), blocks, 1, self.hidden_size, "none")
 
-    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        tokens, top_k = topk_ids.shape
-        config = pick_fused_config(
-            tokens,
+    def _fused_config(self, hidden: torch.Tensor, top_k: int) -> FusedConfig:
+        return pick_fused_config(
+            hidden.shape[0],
             top_k,
             self.num_experts,
             hidden.dtype,
@@ -234,6 +224,22 @@ class MarlinExpertWeights(ExpertWeights):
             dequantize_min_rows=self.dequantize_min_rows,
             **self._block_size_arguments(),
         )
+
+    def routed_block_size(self, hidden: torch.Tensor, top_k: int) -> int:
+        if not (self.one_launch and self.pair_ids):
+            return 0
+        config = self._fused_config(hidden, top_k)
+        return config.block_size if config.path == "blocks" else 0
+
+    def fused(
+        self,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        blocks: Blocks | None = None,
+    ) -> torch.Tensor:
+        tokens, top_k = topk_ids.shape
+        config = self._fused_config(hidden, top_k)
         if config.path == "dense":
             return dequantized_experts(self, hidden, topk_ids, topk_weights)
         if not self.pair_ids:
@@ -244,7 +250,8 @@ class MarlinExpertWeights(ExpertWeights):
             )
             rows = self._experts(hidden[sources.clamp_min(0)], blocks, 1)
             return ferrum_ops.moe_combine(rows, pairs, topk_weights)
-        blocks = self.pair_blocks(topk_ids, config)
+        if blocks is None:
+            blocks = self.pair_blocks(topk_ids, config)
         if config.sum_in_down:
             activated = self._activated(hidden, blocks, top_k)
             return self._grouped(activated, "w2", (), blocks, 1, self.hidden_size, "none", topk_weights, top_k)

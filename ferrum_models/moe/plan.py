@@ -13,6 +13,16 @@ BLOCK_SIZES = (8, 16, 32, 48, 64)
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """What `moe_align_block_size` gives, and the block size it was given."""
+
+    sorted_token_ids: torch.Tensor
+    block_ids: torch.Tensor
+    total_post_pad: torch.Tensor
+    block_size: int
+
+
+@dataclass(frozen=True)
 class BucketPlan:
     """Pairs sorted by expert. P = T*K; pairs whose id lies outside `[0, E)` have no row.
 

@@ -45,6 +45,10 @@ class ExpertWeights(ABC):
     def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """`[T, H], [T, K] int32, [T, K] float32 -> [T, H]`; ids outside `[0, E)` are skipped."""
 
+    def routed_block_size(self, hidden: torch.Tensor, top_k: int) -> int:
+        """Rows of the `Blocks` that `fused` takes as a fourth argument if the router has sorted the pairs; 0: none."""
+        return 0
+
     @property
     def streams(self) -> int:
         """CUDA streams that the launches of `bucketed` take turns on."""

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import ferrum_ops
 from ferrum_models.moe.profile import is_profiled
-from ferrum_models.moe.registry import run_experts
+from ferrum_models.moe.registry import route_and_run
 from ferrum_models.moe.weights import Int4ExpertWeights
 from ferrum_models.quantization.modules import Int4Linear, PackedExperts
 from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
@@ -159,9 +159,8 @@ def decoder_layer(
     normed, residual = ferrum_ops.fused_add_rms_norm(attended, hidden, norm.weight, norm.variance_epsilon)
     if "experts" not in mlp._modules:
         return residual + mlp.forward(normed)
-    _, topk_weights, topk_ids = mlp._modules["gate"].forward(normed)
-    weights = mlp._modules["experts"].weights
-    return residual + run_experts(mlp.implementation, normed, topk_ids, topk_weights, weights)
+    router, weights = mlp._modules["gate"], mlp._modules["experts"].weights
+    return residual + route_and_run(mlp.implementation, normed, router.forward, router.top_k, weights)
 
 
 def growing_layer(cache: Cache | StepCache | None, index: int) -> GrowingLayer | None:

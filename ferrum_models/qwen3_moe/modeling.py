@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
 import ferrum_ops
+from ferrum_models.moe.plan import Blocks
 from ferrum_models.moe.profile import phase, profile
-from ferrum_models.moe.registry import check_implementation, run_experts
+from ferrum_models.moe.registry import check_implementation, route_and_run
 from ferrum_models.moe.weights import DenseExpertWeights
 from ferrum_models.qwen3_moe import attention, decode, direct, generation
 from ferrum_models.qwen3_moe.cache import let_grow
@@ -137,10 +138,19 @@ class MLP(nn.Module):
 
 
 class Router(hf.Qwen3MoeTopKRouter):
-    """Logits `[T, E]`, weights float32 `[T, K]` and ids int32 `[T, K]`, in transformers' order."""
+    """Logits `[T, E]`, weights float32 `[T, K]` and ids int32 `[T, K]`, in transformers' order.
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    With a block size, the pairs in `Blocks` of it as well.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, block_size: int = 0) -> tuple[Any, ...]:
         with phase("route"):
+            if block_size > 0:
+                logits = nn.functional.linear(hidden_states, self.weight)
+                ids, weights, sorted_token_ids, block_ids, total_post_pad = ferrum_ops.route_topk_align(
+                    logits, self.top_k, self.norm_topk_prob, block_size
+                )
+                return logits, weights, ids, Blocks(sorted_token_ids, block_ids, total_post_pad, block_size)
             logits, ids, weights = ferrum_ops.router_topk_softmax(
                 hidden_states, self.weight, self.top_k, self.norm_topk_prob
             )
@@ -166,10 +176,8 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden = hidden_states.flatten(0, -2)
-        _, topk_weights, topk_ids = self.gate(hidden)
-        return run_experts(self.implementation, hidden, topk_ids, topk_weights, self.experts.weights).view_as(
-            hidden_states
-        )
+        out = route_and_run(self.implementation, hidden, self.gate, self.gate.top_k, self.experts.weights)
+        return out.view_as(hidden_states)
 
 
 class DecoderLayer(hf.Qwen3MoeDecoderLayer):

@@ -101,9 +101,9 @@ def test_generate(model, cuda):
 def test_a_step_that_waits_for_the_device_runs_without(model, cuda, monkeypatch):
     fused = registry.IMPLEMENTATIONS["fused"]
 
-    def reads_back(hidden, topk_ids, topk_weights, weights):
+    def reads_back(hidden, topk_ids, topk_weights, weights, *blocks):
         assert topk_ids.max().item() < weights.num_experts
-        return fused(hidden, topk_ids, topk_weights, weights)
+        return fused(hidden, topk_ids, topk_weights, weights, *blocks)
 
     recorded, eager = pair(model, 2)
     for graph in (recorded, eager):

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 import ferrum_ops
 from benchmarks.gpu_moe import check, random_inputs, random_layer
 from benchmarks.peers.interface import MoeShape
 from ferrum_models.moe import CudaLanes, pick_fused_config
 from ferrum_models.moe.bucketed import bucketed
+from ferrum_models.moe.registry import route_and_run
+from ferrum_models.qwen3_moe.modeling import Router
 from tests.moe.test_streams import RecordingCuda
 
 BLOCK = MoeShape(hidden=128, width=64, experts=6, top_k=2)
@@ -53,6 +56,29 @@ def test_launches_after_the_router(block, emulated, tokens, launches):
     inputs, before = random_inputs(BLOCK, tokens, "cpu"), emulated.launches()
     block.fused(*inputs)
     assert emulated.launches() - before == launches
+
+
+@pytest.mark.parametrize("tokens, launches", [(1, 3), (2, 3), (16, 3), (17, 5)])
+def test_launches_with_the_router(block, emulated, monkeypatch, tokens, launches):
+    """Behind the router's product: its choice, which sorts as well; gate and up; down. The bits are those of sorting
+    afterwards."""
+
+    def router_topk_softmax(x, weight, top_k, renormalize):
+        logits = torch.nn.functional.linear(x, weight)
+        return logits, *emulated.op("route_topk_softmax")(logits, top_k, renormalize)
+
+    monkeypatch.setattr(ferrum_ops, "route_topk_align", emulated.op("route_topk_align"))
+    monkeypatch.setattr(ferrum_ops, "router_topk_softmax", router_topk_softmax)
+    router = Router(Qwen3MoeConfig(hidden_size=BLOCK.hidden, num_experts=BLOCK.experts, num_experts_per_tok=2))
+    router.weight.data = torch.randn(BLOCK.experts, BLOCK.hidden).bfloat16()
+    hidden, before = random_inputs(BLOCK, tokens, "cpu")[0], emulated.launches()
+    with torch.no_grad():
+        out = route_and_run("fused", hidden, router, BLOCK.top_k, block)
+        assert emulated.launches() - before == launches
+        _, topk_weights, topk_ids = router(hidden)
+    assert torch.equal(out, block.fused(hidden, topk_ids, topk_weights))
+    by_rows = replace(block, pair_ids=False)  # another order of rows than the router gives
+    assert by_rows.routed_block_size(hidden, 2) == replace(block, one_launch=False).routed_block_size(hidden, 2) == 0
 
 
 @pytest.mark.parametrize("host_route", [False, True])

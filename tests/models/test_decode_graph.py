@@ -243,9 +243,9 @@ def test_a_moved_buffer_drops_the_recordings(model):
 def test_a_capture_that_fails_is_told_and_decoding_goes_on(model, monkeypatch):
     fused = registry.IMPLEMENTATIONS["fused"]
 
-    def reads_back(hidden, topk_ids, topk_weights, weights):
+    def reads_back(hidden, topk_ids, topk_weights, weights, *blocks):
         assert topk_ids.max().item() < weights.num_experts
-        return fused(hidden, topk_ids, topk_weights, weights)
+        return fused(hidden, topk_ids, topk_weights, weights, *blocks)
 
     ids = prompts(2, 9)
     expected = greedy(model, ids, 6)

@@ -302,6 +302,20 @@ def test_ids_per_expert_of_no_pairs(form, ids):
     assert ferrum_ops.moe_compute_ids_tpe(ids, 5)[2].shape == (0, 3)
 
 
+@pytest.mark.parametrize("tokens", [0, 3, 16, 40])
+@pytest.mark.parametrize("form", ["kernel", "reference"])
+def test_route_and_align_are_both_ops(form, tokens):
+    function = OPS.route_topk_align if form == "kernel" else moe_routing.route_topk_align_ref
+    logits = torch.randn(tokens, 30)[:, 6:]
+    ids, weights, *blocks = function(logits, 5, True, 16)
+    expected_ids, expected = OPS.route_topk_softmax(logits, 5, True)
+    assert torch.equal(ids, expected_ids)
+    if tokens:
+        assert_close("route_topk_softmax", weights, expected, 1e-6)
+    for got, e in zip(blocks, OPS.moe_align_block_size(ids, 24, 16, True, None), strict=True):
+        assert got.dtype == e.dtype and torch.equal(got, e)
+
+
 BAD = {
     "tpe int64 ids": ("moe_compute_ids_tpe", (IDS.long(), 4, []), r"topk_ids: expected [iI]nt(32)?, got"),
     "tpe no experts": ("moe_compute_ids_tpe", (IDS, 0, []), r"num_experts: expected at least 1, got 0"),
@@ -312,6 +326,10 @@ BAD = {
     "logits stride": ("route_topk_softmax", (LOGITS[:, ::2], 2, True), r"logits: expected a contiguous last dim"),
     "top_k 0": ("route_topk_softmax", (LOGITS, 0, True), r"top_k: expected 1 <= top_k <= 16, got 0"),
     "top_k beyond experts": ("route_topk_softmax", (LOGITS, 17, True), r"top_k: expected 1 <= top_k <= 16, got 17"),
+    "aligned dtype": ("route_topk_align", (LOGITS.int(), 2, True, 8), r"logits: expected float32, float16 or bfloat16"),
+    "aligned shape": ("route_topk_align", (LOGITS[0], 2, True, 8), r"logits: expected shape \(tokens, experts\) with"),
+    "aligned top_k": ("route_topk_align", (LOGITS, 17, True, 8), r"top_k: expected 1 <= top_k <= 16, got 17"),
+    "aligned blocks": ("route_topk_align", (LOGITS, 2, True, 24), r"block_size: expected one of \(8, .*\), got 24"),
     "x dtype": ("router_topk_softmax", (LOGITS.int(), LOGITS, 1, True), r"x: expected float32, float16 or bfloat16"),
     "x shape": ("router_topk_softmax", (LOGITS[0], LOGITS, 1, True), r"x: expected shape \(tokens, hidden\), got"),
     "x stride": ("router_topk_softmax", (LOGITS[:, ::2], LOGITS, 1, True), r"x: expected a contiguous last dim"),
@@ -356,6 +374,8 @@ def test_bad_input_is_named(case, form):
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="has no backward"):
         ferrum_ops.route_topk_softmax(LOGITS.clone().requires_grad_(), 2)
+    with pytest.raises(RuntimeError, match=r"\[route_topk_align\] has no backward"):
+        ferrum_ops.route_topk_align(LOGITS.clone().requires_grad_(), 2, True, 8)
     for x, weight in ((LOGITS.clone().requires_grad_(), LOGITS), (LOGITS, LOGITS.clone().requires_grad_())):
         with pytest.raises(RuntimeError, match=r"\[router_topk_softmax\] has no backward"):
             ferrum_ops.router_topk_softmax(x, weight, 1)
@@ -365,6 +385,7 @@ def test_references_trace_whole():
     ids = random_ids(9, 3, 7)
     for function, args in (
         (moe_routing.route_topk_softmax_ref, (torch.randn(5, 16), 4, True)),
+        (moe_routing.route_topk_align_ref, (torch.randn(5, 16), 4, True, 8)),
         (moe_routing.router_topk_softmax_ref, (torch.randn(5, 16), torch.randn(8, 16), 4, True)),
         (moe_routing.moe_build_pairs_by_token_ref, (ids, 7)),
         (moe_routing.moe_align_block_size_ref, (ids, 7, 16, False, torch.arange(7).int())),
