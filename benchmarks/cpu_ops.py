@@ -31,7 +31,7 @@ from ferrum_ops.testing.timing import Case, run_cases
 TOKENS = (1, 8, 512)
 BITS = (4,)
 #: Families whose calls take milliseconds.
-SLOW = ("int4", "gptq", "gguf", "marlin", "moe_gemm", "attention")
+SLOW = ("int4", "gptq", "gguf", "marlin", "moe_gemm", "decoder", "attention")
 
 
 def sections(token_counts: Sequence[int] = TOKENS) -> dict[str, Iterator[Case]]:
@@ -46,6 +46,8 @@ def sections(token_counts: Sequence[int] = TOKENS) -> dict[str, Iterator[Case]]:
     found["gguf"] = family("gguf").cases(types=family("gguf").TYPES[:1], token_counts=token_counts)
     found["marlin"] = family("marlin").cases(row_counts=token_counts)
     found["moe_gemm"] = family("moe_gemm").cases(token_counts=token_counts)
+    # A sequence for each token: what 512 of them keep would not fit the memory of many machines.
+    found["decoder"] = family("decoder").cases(token_counts=[t for t in token_counts if t <= 8])
     found["attention"] = family("attention").cases(prefill_sizes=tuple(token_counts[-1:]))
     return found
 

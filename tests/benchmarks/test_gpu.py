@@ -64,7 +64,7 @@ def test_a_benchmark_times_every_case_beside_its_peers(replaced, monkeypatch, tm
     found = json.loads((tmp_path / "ops.json").read_text())
     assert (found["commit"], found["device"], found["dtype"]) == ("abc", "a GPU", "bfloat16")
     rows = {(row["op"], row["sizes"]): row for row in found["rows"]}
-    assert len(rows) == 2 * (3 + 5) and all(row["sets"] == 2 for row in rows.values())
+    assert len(rows) == 2 * (3 + 6) and all(row["sets"] == 2 for row in rows.values())
     row = rows["rms_norm", "T=8 D=2048"]
     assert row["us"] == pytest.approx(100 / gpu.CALLS) and row["eager"] == row["inductor"] == row["copy"] == 1
     assert row["gb_per_s"] == pytest.approx(2 * 8 * 2048 * 2 * gpu.CALLS / 1e-4 / 1e9)
