@@ -2,9 +2,8 @@
 
 `python benchmarks/ops/bench_attention.py [--dtype float32] [--only decode] [--compile]`
 
-The batch of 8 decodes reads more than the last-level cache holds: its bandwidth is that of the memory. So is that of a
-single long one: plain torch, which runs between two of its calls, copies each head of the cache for every query head
-and leaves nothing else in the caches. Prefills are bounded by arithmetic instead.
+Long decodes take turns with keys and values of their own, as the layers of a model do, together more than the
+last-level cache holds: their bandwidth is that of the memory. Prefills are bounded by arithmetic instead.
 
 "huge": caches on huge pages, where the system has them, which is how ferrum_models allocates long ones; ordinary pages
 cost a walk of the page tables every 4 KiB, also where the bandwidth is measured. Plain torch is
@@ -15,8 +14,9 @@ the host, and scaled_dot_product_attention would be ATen's code again.
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ferrum_models import huge_pages
 from ferrum_ops.ops.attention import block_tables_for
 from ferrum_ops.ops.kv_cache import quantize_heads
-from ferrum_ops.testing.timing import Case, bytes_of, run_cases
+from ferrum_ops.testing.timing import EVICTION_BYTES, Case, bytes_of, run_cases
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 4, 128, 16
 SCALE = HEAD_DIM**-0.5
@@ -96,28 +96,44 @@ def sized_cases(dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]) -> It
             q = q.transpose(1, 2)
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
-        long_decode = tokens == 1 and keys >= 4096 and q.device.type == "cpu"
+        # Sets of caches that calls take turns with.
+        sets = -(-EVICTION_BYTES // moved) if tokens == 1 and keys >= 4096 and q.device.type == "cpu" else 1
         formula = partial(plain_attention, q, k, v, mask)
-        yield Case("attention", label, (q, k, v, lens, SCALE), moved, sdpa, formula)
-        if long_decode:
-            huge = [huge_pages.empty(tuple(cache.shape), dtype).copy_(cache) for cache in (k, v)]
-            yield Case("attention", f"{label} huge", (q, *huge, lens, SCALE), moved, sdpa, formula)
+        arguments = (q, k, v, lens, SCALE)
+        yield Case("attention", label, arguments, moved, sdpa, formula, others=copies(arguments, sets - 1))
+        if sets > 1:
+            first, *others = copies(arguments, sets, on_huge_pages)
+            yield Case("attention", f"{label} huge", first, moved, sdpa, formula, others=tuple(others))
 
         tables, blocks = block_tables_for((keys,) * batch, BLOCK_SIZE, torch.get_default_device())
         pools = torch.randn(2, blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype).unbind()
         starts = torch.arange(batch + 1, dtype=torch.int32) * tokens
         common = (tables, starts, lens, SCALE)
         formula = partial(plain_paged_attention, q, *pools, tables, mask)
-        yield Case("paged_attention", label, (q.flatten(0, 1), *pools, *common), moved, sdpa, formula)
-        if long_decode:
-            huge = [huge_pages.empty(tuple(pool.shape), dtype).copy_(pool) for pool in pools]
-            yield Case("paged_attention", f"{label} huge", (q.flatten(0, 1), *huge, *common), moved, sdpa, formula)
+        arguments = (q.flatten(0, 1), *pools, *common)
+        yield Case("paged_attention", label, arguments, moved, sdpa, formula, others=copies(arguments, sets - 1))
+        if sets > 1:
+            first, *others = copies(arguments, sets, on_huge_pages)
+            yield Case("paged_attention", f"{label} huge", first, moved, sdpa, formula, others=tuple(others))
         if tokens == 1:
             (k_codes, k_scale), (v_codes, v_scale) = map(quantize_heads, pools)
             arguments = (q.flatten(0, 1), k_codes, v_codes, *common, True, 0, k_scale, v_scale)
             moved = bytes_of(q, q) + 2 * batch * keys * KV_HEADS * (HEAD_DIM + 4)
             formula = partial(plain_paged_attention, q, k_codes, v_codes, tables, mask, k_scale, v_scale)
-            yield Case("paged_attention", f"{label} int8", arguments, moved, sdpa, formula)
+            others = copies(arguments, 2 * (sets - 1))
+            yield Case("paged_attention", f"{label} int8", arguments, moved, sdpa, formula, others=others)
+
+
+def copies(
+    arguments: tuple[Any, ...], count: int, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> tuple[tuple[Any, ...], ...]:
+    """The arguments with keys and values in memory of their own, `count` times."""
+    query, keys, values, *rest = arguments
+    return tuple((query, copy(keys), copy(values), *rest) for _ in range(count))
+
+
+def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    return huge_pages.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 if __name__ == "__main__":

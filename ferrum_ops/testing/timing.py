@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -54,7 +55,12 @@ def _calls_per_sample(function: Callable[[], Any], warmup: int) -> int:
 
 
 def compare(
-    functions: dict[str, Callable[[], Any]], *, repeats: int = 30, warmup: int = 3, cold: bool = False
+    functions: dict[str, Callable[[], Any]],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    cold: bool = False,
+    calls: dict[str, int] | None = None,
 ) -> dict[str, Timing]:
     """Time every function, taking turns.
 
@@ -64,8 +70,9 @@ def compare(
         warmup: calls of each before the first sample.
         cold: evict the caches before every sample, which is then a single call. Otherwise operands are wherever the
             calls before left them.
+        calls: by name, of a sample, instead of those that fill `SAMPLE_SECONDS`.
     """
-    calls = {name: _calls_per_sample(function, warmup) for name, function in functions.items()}
+    calls = {name: _calls_per_sample(function, warmup) for name, function in functions.items()} | (calls or {})
     eviction = torch.zeros(EVICTION_BYTES // 4) if cold else None
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
@@ -108,6 +115,7 @@ class Case:
     eager: Callable[[], Any] | None = None  # what one would write in plain torch
     formula: Callable[[], Any] | None = None  # what inductor compiles, where that is not the op's reference
     bound: float | None = None  # relative error allowed instead of the tolerance table's, with a reason beside it
+    others: tuple[tuple[Any, ...], ...] = ()  # more arguments, with which calls take turns: more than a cache holds
 
 
 def torch_op(name: str) -> Callable[..., Any]:
@@ -173,14 +181,17 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
 
 def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: int) -> dict[str, Any]:
     op = torch_op(case.op)
-    functions: dict[str, Callable[[], Any]] = {"op": lambda: op(*case.arguments)}
+    turns = itertools.cycle((case.arguments, *case.others))
+    functions: dict[str, Callable[[], Any]] = {"op": lambda: op(*next(turns))}
+    # All of them in a sample: one call alone would also bring the code back into the caches.
+    calls = {"op": 1 + len(case.others)} if case.others else None
     if case.eager is not None:
         functions["eager"] = case.eager
     compiled_from = {}
     with torch.no_grad():
         if compile_reference and (found := _compiled(case)) is not None:
             functions["compiled"], compiled_from = found[0], {"compiled_from": found[1]}
-        timings = compare(functions, repeats=repeats)
+        timings = compare(functions, repeats=repeats, calls=calls)
     own = timings["op"]
     row: dict[str, Any] = {
         "op": case.op,
