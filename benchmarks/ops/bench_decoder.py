@@ -43,7 +43,9 @@ def attention_case(tokens: int, dtype: torch.dtype) -> Case:
         return OPS.int4_linear(attended, *o, *none, HIDDEN, GROUP_SIZE, "int8")
 
     keys = 2 * tokens * KV_HEADS * (HELD + 1) * HEAD_DIM * hidden.element_size()
-    return Case("decoder_attention_int4_", f"T={tokens} kv={HELD}", arguments, bytes_of(*qkv, *o) + keys, parts)
+    moved = bytes_of(*qkv, *o) + keys
+    # What attention gives is rounded to int8, where the oracle's last bits may choose another step.
+    return Case("decoder_attention_int4_", f"T={tokens} kv={HELD}", arguments, moved, parts, bound=3e-2)
 
 
 def experts_case(tokens: int, dtype: torch.dtype) -> Case:
