@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import isfinite
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def test_dry_run(monkeypatch, tmp_path, built):
     assert [(r["candidate"], r["batch"]) for r in result["rows"]] == [
         (name, batch) for name in ("graph", "eager", "generate") for batch in (1, 3)
     ]
-    assert result["notes"] == [] and all(r["seconds"] > 0 and r["of_ceiling"] > 0 for r in result["rows"])
+    assert result["notes"] == []
+    # Differences of two times, which on a busy machine have either sign.
+    assert all(isfinite(r["seconds"]) and isfinite(r["of_ceiling"]) for r in result["rows"])
     assert result["layouts"] == ["dense", "int4_cpu"] and "| 3 | graph |" in table
 
 
