@@ -82,7 +82,8 @@ class LoadReport:
 class PeakMemory:
     """The highest resident memory between entering and leaving the block, bytes.
 
-    On Linux the kernel's high-water mark is reset first; elsewhere it is the process's peak so far.
+    On Linux the kernel's high-water mark is reset first; elsewhere it is the process's peak so far. Never below the
+    baseline, which is read after that reset.
     """
 
     baseline = 0
@@ -96,7 +97,8 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.peak = _status_bytes("VmHWM") if sys.platform == "linux" else peak_resident_bytes()
+        highest = _status_bytes("VmHWM") if sys.platform == "linux" else peak_resident_bytes()
+        self.peak = max(highest, self.baseline)
 
 
 def _status_bytes(field_name: str) -> int:

@@ -122,7 +122,7 @@ def test_load_report(tmp_path):
     make_checkpoint(tmp_path, Recipe(overrides={"o_proj": (8, 32)}, dynamic={".*o_proj": {"bits": 8}}))
     with pytest.warns(UserWarning, match="8-bit"):
         report = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).load_report
-    assert report.seconds > 0 and report.peak_nbytes > report.baseline_nbytes > 0
+    assert report.seconds > 0 and report.peak_nbytes >= report.baseline_nbytes > 0
     assert report.model_nbytes < report.dense_nbytes
     assert_expected_inline(
         report.layouts(),

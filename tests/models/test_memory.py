@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ferrum_models import report
 from tests.models.make_checkpoint import tiny_config
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, GROUP = 12, 16, 512, 512, 128
@@ -69,3 +70,19 @@ def test_peak_memory_while_loading(tmp_path):
     one_layer = packed / LAYERS
     assert packed > 60e6
     assert peak <= 1.15 * packed + one_layer, f"peak {peak / 1e6:.0f} MB for {packed / 1e6:.0f} MB packed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the high-water mark through /proc")
+def test_peak_memory_of_a_block():
+    with report.PeakMemory() as memory:
+        torch.ones(16 << 20)  # 64 MiB, freed at once
+    assert memory.peak - memory.baseline > 50 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the high-water mark through /proc")
+def test_peak_memory_is_at_least_the_baseline(monkeypatch):
+    resident = {"VmRSS": 4096, "VmHWM": 4000}  # something was freed before the block began
+    monkeypatch.setattr(report, "_status_bytes", resident.__getitem__)
+    with report.PeakMemory() as memory:
+        pass
+    assert memory.peak == memory.baseline == 4096
