@@ -51,8 +51,8 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(like, like)
         length = self.get_seq_length() + tokens
         if self._buffers is None or not self._fits(batch, length):
-            self._grow(batch, heads, head_dim, like, length)
-        return self._buffers  # type: ignore[return-value]
+            self._buffers = self._grown((batch, heads, length + max(length // 2, LEAST_GROWTH), head_dim), like)
+        return self._buffers
 
     def hold(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the first `length` tokens of the buffers as held."""
@@ -72,17 +72,15 @@ class GrowingLayer(DynamicLayer):
         )
         return in_place and length <= keys.shape[2] and keys.shape[0] == batch
 
-    def _grow(self, batch: int, heads: int, head_dim: int, like: torch.Tensor, length: int) -> None:
-        held, capacity = self.get_seq_length(), length + max(length // 2, LEAST_GROWTH)
-        old = (self.keys, self.values)
-        shape = (batch, heads, capacity, head_dim)
+    def _grown(self, shape: tuple[int, ...], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Larger buffers with what is held at their front."""
         if like.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._buffers = tuple(huge_pages.empty(shape, like.dtype) for _ in old)
+            keys, values = (huge_pages.empty(shape, like.dtype) for _ in range(2))
         else:
-            self._buffers = tuple(like.new_empty(shape) for _ in old)
-        if held:
-            for buffer, tensor in zip(self._buffers, old):
-                buffer[:, :, :held] = tensor
+            keys, values = (like.new_empty(shape) for _ in range(2))
+        if held := self.get_seq_length():
+            keys[:, :, :held], values[:, :, :held] = self.keys, self.values
+        return keys, values
 
     def reset(self) -> None:
         self._buffers = self.keys = self.values = None

@@ -53,22 +53,6 @@ def why_not(
     return decode.check_model(model)
 
 
-def why_no_graph(
-    model: Qwen3MoeForCausalLM,
-    input_ids: torch.Tensor,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    arguments: dict[str, Any],
-) -> str | None:
-    """Why this call cannot run on recorded steps, or None."""
-    if (reason := why_not(model, input_ids, stopping_criteria, generation_config, arguments)) is not None:
-        return reason
-    most = model.runtime_config.cuda_max_kv
-    if most is not None and stopping_criteria.max_length > most:
-        return f"max_length {stopping_criteria.max_length} is above cuda_max_kv {most}"
-    return None
-
-
 class CachedSteps:
     """Steps on transformers' cache, on a CPU; no padding."""
 
@@ -112,6 +96,34 @@ def graph_of(model: Qwen3MoeForCausalLM, batch: int, length: int) -> DecodeGraph
         kept = DecodeGraph(model, batch, decode.kv_bucket(length, 2 * length) if most is None else most)
         model.decode_graph = kept
     return kept
+
+
+def steps_for(
+    model: Qwen3MoeForCausalLM,
+    input_ids: torch.Tensor,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    arguments: dict[str, Any],
+) -> DecodeGraph | CachedSteps | None:
+    """What `generate` continues these prompts with: recorded steps if asked for, which warns where they cannot serve,
+    or on a CPU steps on its cache; None: transformers' loop."""
+    recorded = model.runtime_config.cuda_graph and decode.graphs_for(input_ids.device) is not None
+    if not recorded and not input_ids.is_cpu:
+        return None
+    reason = why_not(model, input_ids, stopping_criteria, generation_config, arguments)
+    if reason is None and synced_gpus:
+        reason = "several processes generate together"
+    if not recorded:
+        applies = reason is None and CachedSteps.applies(model, input_ids, arguments.get("attention_mask"))
+        return CachedSteps(model, input_ids.shape[0]) if applies else None
+    longest, most = stopping_criteria.max_length, model.runtime_config.cuda_max_kv
+    if reason is None and most is not None and longest > most:
+        reason = f"max_length {longest} is above cuda_max_kv {most}"
+    if reason is not None:
+        decode.warn_once(model, reason)
+        return None
+    return graph_of(model, input_ids.shape[0], longest)
 
 
 def generate(

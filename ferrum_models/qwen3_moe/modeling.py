@@ -362,23 +362,12 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         **model_kwargs: Any,
     ) -> Any:
         """The loop of `generate` for greedy decoding and sampling."""
-        if self.runtime_config.cuda_graph and decode.graphs_for(input_ids.device) is not None:
-            reason = generation.why_no_graph(self, input_ids, stopping_criteria, generation_config, model_kwargs)
-            if reason is None and not synced_gpus:
-                graph = generation.graph_of(self, input_ids.shape[0], stopping_criteria.max_length)
-                mask = model_kwargs.get("attention_mask")
-                return generation.generate(
-                    graph, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
-                )
-            decode.warn_once(self, reason or "several processes generate together")
-        elif input_ids.is_cpu and not synced_gpus:
+        steps = generation.steps_for(self, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
+        if steps is not None:
             mask = model_kwargs.get("attention_mask")
-            reason = generation.why_not(self, input_ids, stopping_criteria, generation_config, model_kwargs)
-            if reason is None and generation.CachedSteps.applies(self, input_ids, mask):
-                steps = generation.CachedSteps(self, input_ids.shape[0])
-                return generation.generate(
-                    steps, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
-                )
+            return generation.generate(
+                steps, input_ids, logits_processor, stopping_criteria, generation_config, streamer, mask
+            )
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )

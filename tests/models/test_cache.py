@@ -1,7 +1,6 @@
 """The growing cache and the attention interface "ferrum", against transformers' own cache and sdpa."""
 
 import mmap
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from ferrum_models import Qwen3MoeForCausalLM, huge_pages
 from ferrum_models.qwen3_moe.attention import NAME, ferrum_mask
 from ferrum_models.qwen3_moe.cache import LEAST_GROWTH, GrowingLayer, let_grow
 from ferrum_models.qwen3_moe.step_cache import ContiguousCache, PagedCache
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
+from tests.models.example import EXAMPLE, ids
 
 
 def load(**kwargs):
@@ -33,10 +31,6 @@ def sdpa():
 def states(tokens, batch=2):
     """Keys and values as the model hands them over: token-major memory, heads in front."""
     return (torch.randn(batch, tokens, 3, 8).transpose(1, 2) for _ in range(2))
-
-
-def ids(batch, length):
-    return torch.randint(1, 2000, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 def test_it_is_the_default_and_can_be_left_out(model, sdpa):

@@ -1,7 +1,6 @@
 """Recorded decode steps: replays equal steps run one by one, whatever has changed in the buffers since."""
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from ferrum_models.graphs import HostReadError, NoHostReads, StepRunner
 from ferrum_models.moe import registry
 from ferrum_models.qwen3_moe import decode
 from ferrum_ops import RuntimeConfig
+from tests.models.example import EXAMPLE
 from tests.models.recording import RecordedGraphs
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
 PAGED_INT8 = RuntimeConfig(kv_dtype="int8", paged_block_size=4)
 
 

@@ -1,7 +1,5 @@
 """The direct forward pass: the bits of transformers' path, and that path whenever more is asked for."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,8 +8,7 @@ from transformers import DynamicCache, StaticCache
 from ferrum_models import Qwen3MoeForCausalLM
 from ferrum_models.moe import profile
 from ferrum_models.qwen3_moe import direct
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
+from tests.models.example import EXAMPLE, hooked, ids
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -28,17 +25,9 @@ def taken(monkeypatch):
     return calls
 
 
-def ids(batch, length):
-    return torch.randint(1, 2000, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
 def by_modules(model, *args, **kwargs):
-    """transformers' path: a hook anywhere asks for it."""
-    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    try:
+    with hooked(model):
         return model(*args, **kwargs)
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("implementation", ["fused", "bucketed", "per_pair"])

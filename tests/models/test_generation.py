@@ -1,15 +1,12 @@
 """`generate` on a CPU: the tokens of transformers' loop, and that loop where more than tokens is asked for."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from ferrum_models import Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe import generation
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
+from tests.models.example import EXAMPLE, hooked, ids
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +24,8 @@ def own(monkeypatch):
 
 
 def by_transformers(model, *args, **kwargs):
-    """A hook anywhere asks for transformers' loop."""
-    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    try:
+    with hooked(model):
         return model.generate(*args, **kwargs)
-    finally:
-        handle.remove()
-
-
-def ids(batch, length):
-    return torch.randint(1, 2000, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 class Streamer:

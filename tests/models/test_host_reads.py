@@ -1,14 +1,12 @@
 """The decode path waits for no value of the device: nothing of it could break a graph or stall the queue."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from ferrum_models import DecodeGraph, Qwen3MoeForCausalLM
 from ferrum_models.graphs import NoHostReads
+from tests.models.example import EXAMPLE
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
 PAGED = pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 
 

@@ -1,7 +1,5 @@
 """Models in the Marlin layout: the layout of CUDA, run here by its exact reference ops."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,11 +9,11 @@ from ferrum_models.moe.marlin import MarlinExpertWeights
 from ferrum_models.quantization.modules import MarlinLinear, PackedExperts
 from ferrum_models.qwen3_moe.loading import plan_safetensors
 from ferrum_ops import RuntimeConfig
+from tests.models.example import EXAMPLE
 from tests.models.make_checkpoint import Recipe, make_checkpoint, read_tensors
 from tests.models.test_loading import IDS, check_logits
 from tests.models.test_shared_data import DATA
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen3-moe"
 IMPLEMENTATIONS = ("fused", "bucketed", "per_pair")
 # hidden 64, expert width 40: a K that is no multiple of 64, an N that is none, and both with padding behind groups.
 PACKED = {
