@@ -1,7 +1,13 @@
+import os
+
 import pytest
 import torch
 
 import ferrum_ops
+
+#: Knobs of whoever runs the tests: a model would take them up, and so would a process that a test starts.
+for variable in [name for name in os.environ if name.startswith("FERRUM_")]:
+    del os.environ[variable]
 
 CUDA = torch.cuda.is_available()
 

@@ -1,7 +1,6 @@
 """RuntimeConfig: one rule for every variable, arguments before variables, nothing kept between two of them."""
 
 import dataclasses
-import os
 import warnings
 
 import pytest
@@ -43,13 +42,6 @@ NAMES = [knob for knob in knobs() if isinstance(knob.values, Name)]
 
 def by_name(knob):
     return knob.name
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch):
-    for variable in list(os.environ):
-        if variable.startswith("FERRUM_"):
-            monkeypatch.delenv(variable)
 
 
 def test_defaults():

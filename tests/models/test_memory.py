@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ from safetensors.torch import save_file
 
 from ferrum_models import report
 from tests.models.make_checkpoint import tiny_config
+
+STATUS = Path("/proc/self/status")
+needs_status = pytest.mark.skipif(
+    not STATUS.exists() or not {"VmHWM:", "RssAnon:"} <= set(STATUS.read_text().split()),
+    reason="needs the memory figures of /proc/self/status",
+)
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, GROUP = 12, 16, 512, 512, 128
 
@@ -45,19 +52,37 @@ def write_checkpoint(directory):
     save_file(tensors, directory / "model.safetensors")
 
 
+#: Looks at the process's memory without a file behind it, in memory or swapped out. (Pages of files, the libraries' own
+#: among them, come and go as the machine needs memory, and are part of VmRSS and VmHWM.)
 MEASURE = """
-import sys, torch
-import ferrum_ops
+import gc, sys, threading
 from ferrum_models import Qwen3MoeForCausalLM
+
+def anonymous_bytes():
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":") for line in status)
+    return sum(1024 * int(fields.get(name, "0 kB").split()[0]) for name in ("RssAnon", "VmSwap"))
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous_bytes())
+
 # What the libraries themselves need on first use is not the checkpoint's: touch it before measuring.
 Qwen3MoeForCausalLM.from_pretrained(sys.argv[1])
-import gc; gc.collect()
-report = Qwen3MoeForCausalLM.from_pretrained(sys.argv[2]).load_report
-print(report.peak_nbytes - report.baseline_nbytes, report.model_nbytes)
+gc.collect()
+baseline = peak = anonymous_bytes()
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = Qwen3MoeForCausalLM.from_pretrained(sys.argv[2])
+done.set()
+watcher.join()
+print(max(peak, anonymous_bytes()) - baseline, model.load_report.model_nbytes)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="resets the high-water mark through /proc")
+@needs_status
 @pytest.mark.slow
 def test_peak_memory_while_loading(tmp_path):
     from tests.models.make_checkpoint import Recipe, make_checkpoint
@@ -69,17 +94,19 @@ def test_peak_memory_while_loading(tmp_path):
     peak, packed = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:])
     one_layer = packed / LAYERS
     assert packed > 60e6
+    assert packed < 1.15 * peak  # it was looked at
     assert peak <= 1.15 * packed + one_layer, f"peak {peak / 1e6:.0f} MB for {packed / 1e6:.0f} MB packed"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="resets the high-water mark through /proc")
+@needs_status
 def test_peak_memory_of_a_block():
     with report.PeakMemory() as memory:
-        torch.ones(16 << 20)  # 64 MiB, freed at once
-    assert memory.peak - memory.baseline > 50 << 20
+        torch.ones(32 << 20)  # 128 MiB, freed at once
+    # Far less than that: the machine may take back pages of files meanwhile.
+    assert memory.peak - memory.baseline > 32 << 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="resets the high-water mark through /proc")
+@needs_status
 def test_peak_memory_is_at_least_the_baseline(monkeypatch):
     resident = {"VmRSS": 4096, "VmHWM": 4000}  # something was freed before the block began
     monkeypatch.setattr(report, "_status_bytes", resident.__getitem__)

@@ -1,6 +1,5 @@
 """The knobs of a model: where they come from, that two models keep their own, and what they do on a CPU."""
 
-import os
 import re
 import warnings
 
@@ -19,13 +18,6 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     make_checkpoint(directory, Recipe())
     return directory
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch):
-    for variable in list(os.environ):
-        if variable.startswith("FERRUM_"):
-            monkeypatch.delenv(variable)
 
 
 def load(directory, **kwargs):
