@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 import ferrum_ops
@@ -51,6 +52,13 @@ def why_not(
     if stopping_criteria.max_length is None:
         return "there is no maximum length"
     return decode.check_model(model)
+
+
+def check_mode(model: Qwen3MoeForCausalLM, mode: GenerationMode) -> None:
+    """Warns where recorded steps are asked for and `generate` goes a way that never comes to `steps_for`."""
+    asked = model.runtime_config.cuda_graph and decode.graphs_for(model.device) is not None
+    if asked and mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        decode.warn_once(model, f"the generation mode is {mode.value}")
 
 
 class CachedSteps:

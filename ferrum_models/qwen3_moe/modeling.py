@@ -257,6 +257,10 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
         self.post_init()
         self.requires_grad_(False)  # its ops have no backward: calling it needs no torch.no_grad()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, pickled or not: without the recorded steps, which read this model's tensors where they lie."""
+        return self.__dict__ | {"decode_graph": None}
+
     @classmethod
     def from_pretrained(
         cls,
@@ -350,6 +354,10 @@ class Qwen3MoeForCausalLM(HfQwen3MoeForCausalLM):
             output = super().generate(*args, **kwargs)
         print(times, file=sys.stderr)
         return output
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
+        generation.check_mode(self, generation_mode)
 
     def _sample(
         self,

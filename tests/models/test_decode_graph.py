@@ -1,5 +1,7 @@
 """Recorded decode steps: replays equal steps run one by one, whatever has changed in the buffers since."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -256,7 +258,7 @@ def test_a_capture_that_fails_is_told_and_decoding_goes_on(model, monkeypatch):
     assert "aten._local_scalar_dense.default" in graph.fallback
     assert graph.runner.replays == 0 and graph.runner.eager_steps == 5
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # told once
+        warnings.filterwarnings("error", message=r"\[DecodeGraph\]")  # told once
         graph.generate(ids, max_new_tokens=6)
     monkeypatch.setitem(registry.IMPLEMENTATIONS, "bucketed", fused)
     graph.runner.reset()
@@ -354,6 +356,24 @@ def test_generate_replays(model, graphs):
     assert all(torch.equal(g, greedy(plain(model), ids, g.shape[1] - 9)) for g in got)
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_record_steps_of_their_own(model, graphs, copied):
+    ids = prompts(2, 9)
+    expected = greedy(model, ids, 6)
+    other = copied(model)
+    assert other.decode_graph is None and model.decode_graph.runner.replays == 5
+    with torch.no_grad():
+        model.lm_head.weight.neg_()  # recorded, and the original's alone
+    try:
+        assert torch.equal(greedy(other, ids, 6), expected)
+        assert other.decode_graph.model is other and other.decode_graph.runner.replays == 5
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
+
+
 def test_generate_samples_from_the_same_logits(model, graphs):
     options = dict(max_new_tokens=12, do_sample=True, top_k=20, temperature=0.9, pad_token_id=0)
     ids = prompts(2, 9)
@@ -388,15 +408,22 @@ def test_generate_with_an_end_a_mask_and_a_streamer(model, graphs):
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"use_cache": False}, "use_cache is False"),
         ({"cache_implementation": "static"}, "a cache was given"),
+        ({"num_beams": 2}, "the generation mode is beam_search"),
+        ({"prompt_lookup_num_tokens": 2}, "the generation mode is assisted_generation"),
     ],
-    ids=["dict", "no cache", "static cache"],
+    ids=["dict", "no cache", "static cache", "beams", "assisted"],
 )
 def test_what_a_graph_cannot_do_is_told_and_done_without(model, graphs, options, reason):
     ids = prompts(1, 5)
     with pytest.warns(UserWarning, match=rf"\[generate\] cuda_graph: not used: .*{reason}"):
         got = greedy(model, ids, 3, **options)
-    got = got.sequences if options.get("return_dict_in_generate") else got
-    assert model.decode_graph is None and torch.equal(got, greedy(plain(model), ids, 3))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r"\[generate\]")
+        greedy(model, ids, 3, **options)  # told once
+    assert model.decode_graph is None
+    if "num_beams" not in options:
+        got = got.sequences if options.get("return_dict_in_generate") else got
+        assert torch.equal(got, greedy(plain(model), ids, 3))
 
 
 def test_sequences_longer_than_cuda_max_kv_go_without(model, graphs):
@@ -411,6 +438,6 @@ def test_without_a_device_that_records_the_knob_changes_nothing(model):
     """Loading has said so (test_runtime_config.py)."""
     model.runtime_config = RuntimeConfig(cuda_graph=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=r"\[(generate|RuntimeConfig)\]")
         greedy(model, prompts(1, 5), 3)
     assert model.decode_graph is None
