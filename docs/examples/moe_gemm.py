@@ -43,3 +43,16 @@ print(tuple(out.shape), out.abs().max().item() > 0)  # (5, 64) True
 
 # Slots of experts that live elsewhere add nothing.
 print(experts(torch.full_like(topk_ids, -1)).abs().max().item())  # 0.0
+
+# One product of such a block, over GPTQ words as they lie in a checkpoint: row t*2 + j is slot j of token t.
+parts = []
+for _ in range(num_experts):
+    codes, scales = int4.quantize_rtn(torch.randn(intermediate_size, hidden_size, generator=random) / 8, group_size)
+    zeros = gptq.encode_zeros(torch.full(scales.shape, 8, dtype=torch.uint8), bits=4, checkpoint_format="gptq")
+    parts.append((gptq.pack_rows(codes, bits=4), zeros, scales))
+stacks = [torch.stack(part) for part in zip(*parts)]
+blocks = ferrum_ops.moe_align_block_size(topk_ids, num_experts, block_size=8)
+rows = ferrum_ops.gptq_moe_gemm(hidden, *stacks, None, None, *blocks, None, top_k, block_size=8)
+print(tuple(rows.shape))  # (10, 32)
+alone = ferrum_ops.gptq_gemm(hidden[:1], *parts[topk_ids[0, 1].item()])
+print(torch.allclose(rows[1], alone[0], atol=1e-5))  # True
