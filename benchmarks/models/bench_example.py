@@ -1,6 +1,6 @@
 """The example checkpoint: tokens per second of every implementation, eager and compiled, next to transformers dense.
 
-    python -m benchmarks.models.bench_example [--tokens N] [--repeats N] [--output benchmarks/results/example.json]
+    python -m benchmarks.models.bench_example [--tokens N] [--repeats N] [--compile NAME...] [--output FILE]
 
 Contenders take turns within one process; figures are medians with quartiles. One that does not continue the prompt as
 the others do is reported as wrong and not timed.
@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +62,15 @@ def load(implementation: str, activation: str = "int8") -> Qwen3MoeForCausalLM:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=IMPLEMENTATIONS,
+        default=["fused"],
+        help="implementations that are timed compiled too; inductor takes its time for each",
+    )
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--output", type=Path)
@@ -76,7 +84,9 @@ def main() -> None:
     fp32, bf16 = (dense_twin(models["fused"], dtype) for dtype in (torch.float32, torch.bfloat16))
 
     contenders = {f"ferrum int4 {name}, eager": eager(models[name], ids, arguments.tokens) for name in models}
-    contenders |= {f"ferrum int4 {name}, compiled": compiled(models[name], ids, arguments.tokens) for name in models}
+    contenders |= {
+        f"ferrum int4 {name}, compiled": compiled(models[name], ids, arguments.tokens) for name in arguments.compile
+    }
     contenders["transformers fp32, eager"] = eager(fp32, ids, arguments.tokens)
     contenders["transformers bf16, eager"] = eager(bf16, ids, arguments.tokens)
     contenders["transformers fp32, compiled"] = compiled(fp32, ids, arguments.tokens)
@@ -131,7 +141,7 @@ def main() -> None:
                 "kernels": ferrum_ops.cpu_isa(),
             },
             "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
-            "command": "python -m benchmarks.models.bench_example",
+            "command": " ".join(["python -m benchmarks.models.bench_example", *sys.argv[1:]]),
             "tokens": arguments.tokens,
             "speeds": speeds,
             "wrong": [name for name in contenders if not right[name]],
