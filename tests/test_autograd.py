@@ -186,6 +186,7 @@ def test_results_are_the_same_bits_with_and_without_gradients(case):
         assert torch.equal(a, b) and a.requires_grad and not b.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.cpu import experts, report, scaling
+from benchmarks.cpu import experts, report, rounds, scaling
 from benchmarks.cpu.limits import Limits
 from benchmarks.cpu.rounds import Spread, take_turns
 from benchmarks.peers.interface import MoeShape
@@ -15,6 +15,12 @@ SHAPE = MoeShape(hidden=128, width=128, experts=4, top_k=2, group_size=128)
 
 def row(peer, us, **more):
     return {"tokens": 1, "peer": peer, "us": us, "us_lower": us, "us_upper": us, "foreign_cpu": None, **more}
+
+
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(rounds, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "WARM_SECONDS", 0.0)
 
 
 def test_contenders_get_the_same_calls_in_turns():

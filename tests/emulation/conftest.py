@@ -4,6 +4,13 @@ import ferrum_ops
 from tests.emulation import emulator, mutations
 from tests.ops.test_every_op import copy_args, outputs
 
+#: The orders as parameters. `make test-fast` has one of them here, and all in test_every_kernel.py.
+ORDERS = [
+    pytest.param(order, id=order, marks=[] if order == "random" else pytest.mark.slow) for order in emulator.SCHEDULES
+]
+#: Where the tensors lie under an order: reads past either end must meet a guard page.
+GUARD = {"forward": "behind", "reverse": "before", "random": "behind"}
+
 
 @pytest.fixture(scope="session")
 def emulation():
@@ -24,14 +31,13 @@ def emulated(emulation, request):
     return emulator.shipped(mutations.replacement(mutations.SHIPPED[name]) if name else None)
 
 
-@pytest.fixture(params=[("forward", "behind"), ("reverse", "before"), ("random", "behind")], ids=lambda p: p[0])
+@pytest.fixture(params=ORDERS)
 def kernel(request, emulated):
     """`kernel(name, *args)` runs the CUDA kernel of an op on copies: what it returns, then what it has written."""
-    schedule, side = request.param
 
     def run(name, *args):
         op = ferrum_ops.OPS[name]
-        with emulated.guard_pages(side), emulated.schedule(schedule, seed=2):
+        with emulated.guard_pages(GUARD[request.param]), emulated.schedule(request.param, seed=2):
             return outputs(op, emulated.op(name), copy_args(args))
 
     return run

@@ -33,7 +33,7 @@ RUNTIME = sorted(HERE.glob("*.cpp"))
 #: Objects of all libraries of a process are named apart by `-Bsymbolic`, and `-fno-gnu-unique` keeps their static and
 #: thread-local variables apart. The sanitizer's findings are reported by sanitizer.cpp.
 FLAGS = [
-    *("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w"),
+    *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-w"),
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"),
     "-fstack-clash-protection",  # large locals, too, meet the guard page of a stack
     *(

@@ -6,14 +6,13 @@ import torch
 
 import ferrum_ops
 from ferrum_ops.testing.compare import assert_close, tolerance
+from tests.emulation.conftest import GUARD
 from tests.emulation.emulator import SCHEDULES, emulated_op_names
 from tests.ops.test_every_op import cases, copy_args, outputs, to_float64
 
 NAMES = set(emulated_op_names())
 #: Kernels for tensor cores, which multiply numbers of 16 bits.
 NO_FLOAT32 = {"marlin_gemm", "marlin_moe_gemm"}
-#: Where the tensors lie while a schedule runs: reads past either end must meet a guard page.
-GUARD = {"forward": "behind", "reverse": "before", "random": "behind"}
 
 
 def emulated_cases():

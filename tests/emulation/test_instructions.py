@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.emulation.emulator import HERE, SCHEDULES, Emulated
+from tests.emulation.conftest import ORDERS
+from tests.emulation.emulator import HERE, Emulated
 
 ALL_LANES = 0xFFFFFFFF
 
@@ -13,7 +14,7 @@ def instructions(emulation):
     return Emulated([HERE / "kernels" / "instructions.cu"], "ferrum_instructions")
 
 
-@pytest.fixture(params=SCHEDULES)
+@pytest.fixture(params=ORDERS)
 def schedule(request, instructions):
     with instructions.schedule(request.param, seed=5):
         yield

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ferrum_ops.testing.compare import assert_close, tolerance
-from tests.emulation.emulator import SCHEDULES
+from tests.emulation.conftest import ORDERS
 from tests.ops.test_moe_combine import BAD, naive_combine
 
 CPU = torch.ops.ferrum
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UPDATE, UPDATE_NORM = "weighted_sum_residual_", "weighted_sum_residual_norm_"
 
 
-@pytest.fixture(params=SCHEDULES)
+@pytest.fixture(params=ORDERS)
 def run(request, emulated):
     """`run(name, *args)` under one order of the threads."""
 

@@ -6,18 +6,19 @@ import torch
 
 from ferrum_ops.ops import moe_routing
 from ferrum_ops.testing.compare import assert_close
-from tests.emulation.emulator import SCHEDULES, emulated_op_names
+from tests.emulation.conftest import GUARD, ORDERS
+from tests.emulation.emulator import emulated_op_names
 from tests.ops.test_moe_routing import BAD, random_ids
 
 CPU = torch.ops.ferrum
 
 
-@pytest.fixture(params=SCHEDULES)
+@pytest.fixture(params=ORDERS)
 def run(request, emulated):
     """`run(name, *args)` under one order of the threads, tensors between guard pages."""
 
     def call(name, *args):
-        with emulated.guard_pages("before" if request.param == "reverse" else "behind"):
+        with emulated.guard_pages(GUARD[request.param]):
             args = [a.clone() if isinstance(a, torch.Tensor) and a.is_contiguous() else a for a in args]
             with emulated.schedule(request.param, seed=3):
                 return emulated.op(name)(*args)

@@ -90,11 +90,6 @@ class Mutation:
     finding: str  # part of the error
 
 
-#: One of each kind, in each file: each compiles for some seconds, once.
-FAST = (
-    *("barrier-missing", "bound-of-tensor", "collective-mismatch"),
-    *("wait-weak", "swizzle-of-one-side", "mma-in-one-warp", "norm-alignment"),
-)
 WRONG = "relative error|finite elements|values differ|largest error"
 
 MUTATIONS = [
@@ -176,15 +171,18 @@ def unmutated(emulation):
 CASES = [row_sums, transpose, histogram_, reversed_sums, total, reversed_tiles, matmul_nt, matmul_int4, rms_norm]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_pass_as_they_stand(case, unmutated):
     run(unmutated, case.__name__, *case())
 
 
+@pytest.mark.slow
 def test_bfloat16_tiles(unmutated):
     run(unmutated, "matmul_nt", *matmul_nt(torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_the_order_of_threads_changes_an_unordered_sum(unmutated):
     x, sums = torch.randn(1000), []
     for schedule in SCHEDULES:
@@ -195,10 +193,8 @@ def test_the_order_of_threads_changes_an_unordered_sum(unmutated):
     assert len({s.item() for s in sums}) == 3
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [pytest.param(m, id=m.name, marks=[] if m.name in FAST else pytest.mark.slow) for m in MUTATIONS],
-)
+@pytest.mark.slow  # each compiles for some seconds
+@pytest.mark.parametrize("mutation", [pytest.param(m, id=m.name) for m in MUTATIONS])
 def test_a_mutation_is_caught(mutation, emulation):
     text = mutation.source.read_text()
     assert text.count(mutation.old) == 1
@@ -209,9 +205,9 @@ def test_a_mutation_is_caught(mutation, emulation):
         run(library, mutation.op, *mutation.case())
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_mutations_of_shipped_kernels_apply(name):
-    assert replacement(SHIPPED[name])
+def test_mutations_of_shipped_kernels_apply():
+    for mutation in SHIPPED.values():
+        assert replacement(mutation)
 
 
 #: One of each file, to be seen on the registry's samples alone. `python -m tests.emulation.mutations` runs all.

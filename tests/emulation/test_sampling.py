@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.emulation.emulator import SCHEDULES
+from tests.emulation.conftest import GUARD, ORDERS
 from tests.ops.test_sampling import BAD, naive_argmax
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -14,12 +14,12 @@ NAN, INF = math.nan, math.inf
 SPAN, WINDOW = 2048, 16384
 
 
-@pytest.fixture(params=SCHEDULES)
+@pytest.fixture(params=ORDERS)
 def run(request, emulated):
     """`run(name, *args)` under one order of the threads, on copies between guard pages."""
 
     def call(name, *args):
-        with emulated.guard_pages("before" if request.param == "reverse" else "behind"):
+        with emulated.guard_pages(GUARD[request.param]):
             args = [a.clone() if isinstance(a, torch.Tensor) and a.is_contiguous() else a for a in args]
             with emulated.schedule(request.param, seed=3):
                 result = emulated.op(name)(*args)

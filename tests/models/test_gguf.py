@@ -297,11 +297,9 @@ def test_generate_dequantises_no_table(q4_k_m, monkeypatch):
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
-@pytest.mark.parametrize(
-    "implementation",
-    [pytest.param(name, marks=pytest.mark.slow if name != "fused" else []) for name in IMPLEMENTATIONS],
-)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiles_in_one_graph(q4_k_m, implementation, repack):
     _, path = q4_k_m
     model = load(path, moe_implementation=implementation, gguf_repack=repack)

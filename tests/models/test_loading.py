@@ -50,6 +50,16 @@ DENSE = {
     ),
     "dynamic-skip-an-expert": Recipe(skip=("experts.3.up_proj",), dynamic={r"-:.*experts\.3\.up_proj": {}}),
 }
+#: One of each kind, for what `make test-fast` saves again.
+SAVED_FAST = (
+    "asymmetric",
+    "group-minus-1",
+    "no-g_idx",
+    "act-order-all",
+    "sharded",
+    "quantised-lm_head",
+    "dynamic-group",
+)
 UNQUANTISED = {"fp32": Recipe(quantized=False), "bf16": Recipe(quantized=False, dtype=torch.bfloat16)}
 IDS = torch.arange(2 * 11).view(2, 11) * 7 % 95 + 1  # not 0, the padding token, whose logits are all zero
 
@@ -101,7 +111,9 @@ def test_int8_activations_stay_close(tmp_path):
     check_logits(model, oracle)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SAVED_FAST else pytest.mark.slow) for name in PACKED]
+)
 def test_saving_writes_the_original_bits(name, tmp_path):
     make_checkpoint(tmp_path / "original", PACKED[name])
     model = load(tmp_path / "original")

@@ -42,13 +42,17 @@ PACKED = {
     "dense-layer": Recipe(config={"mlp_only_layers": [0]}),
     "whole-tiles": Recipe(config={"moe_intermediate_size": 64}),
 }
+#: Widths with padding, zero points, two orders, both numbers of bits: what `make test-fast` has of them.
+FAST = ("asymmetric-v1", "act-order-own", "8-bit", "mixed-groups")
 
 
 def load(directory, dtype=torch.float32, **kwargs):
     return Qwen3MoeForCausalLM.from_pretrained(directory, dtype=dtype, layout="marlin", **kwargs)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in PACKED]
+)
 def test_logits_and_saved_bits(name, tmp_path):
     oracle = make_checkpoint(tmp_path / "original", PACKED[name])
     model = load(tmp_path / "original")
@@ -98,7 +102,7 @@ def test_weights_rounded_while_loading(tmp_path):
     check_logits(load(tmp_path, quantize="int4"), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_example_equals_the_cpu_layout(dtype):
     ids = torch.arange(1, 20).unsqueeze(0)
     expected = Qwen3MoeForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32, activation="full")(ids).logits
@@ -163,6 +167,7 @@ def test_knobs_change_how_and_not_what(knob, checkpoint):
     assert (linear.reduction, linear.max_sms) == (weights.reduction, weights.max_sms)
 
 
+@pytest.mark.slow
 def test_generates_and_compiles(checkpoint):
     directory, oracle = checkpoint
     model = load(directory)

@@ -195,10 +195,9 @@ def test_low_precision_activations(name, layout, dtype, layouts):
     assert_close("moe_experts", got, oracle(hidden, ids, topk_weights, layouts["dense"]), bound=bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "per_pair" else []) for name in IMPLEMENTATIONS]
-)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_compiles_without_a_graph_break(name, layout, layouts):
     torch.compiler.reset()
     args = inputs("off-rank")

@@ -24,14 +24,14 @@ def samples(name, dtype):
     return list(ferrum_ops.OPS[name].inputs("cpu", dtype))
 
 
-def cases(slow_dtypes=(), dtypes=DTYPES, names=None, fast_samples=None):
-    """Parameters `op, dtype, args`; slow are `slow_dtypes`, and samples behind the first `fast_samples` of an op."""
+def cases(slow_dtypes=(), dtypes=DTYPES, names=None):
+    """Parameters `op, dtype, args`."""
     for name in sorted(ferrum_ops.OPS) if names is None else names:
         for dtype in dtypes:
             for i, args in enumerate(samples(name, dtype)):
-                slow = dtype in slow_dtypes or (fast_samples is not None and i >= fast_samples)
                 case = f"{name}-{str(dtype).removeprefix('torch.')}-{i}"
-                yield pytest.param(ferrum_ops.OPS[name], dtype, args, id=case, marks=[pytest.mark.slow] if slow else [])
+                marks = [pytest.mark.slow] if dtype in slow_dtypes else []
+                yield pytest.param(ferrum_ops.OPS[name], dtype, args, id=case, marks=marks)
 
 
 def copy_tensor(t):
@@ -74,7 +74,8 @@ def test_opcheck(op, dtype, args):
     torch.library.opcheck(torch_op(op.name), copy_args(args), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("op, dtype, args", list(cases(dtypes=DTYPES[:1], fast_samples=1)))
+@pytest.mark.slow
+@pytest.mark.parametrize("op, dtype, args", list(cases(dtypes=DTYPES[:1])))
 def test_opcheck_tracing(op, dtype, args):
     """In one dtype: a trace sees shapes and no values, and what dtypes come out is in test_opcheck."""
     torch.library.opcheck(torch_op(op.name), copy_args(args), test_utils=TRACING)

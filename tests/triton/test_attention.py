@@ -21,6 +21,7 @@ from ferrum_ops.triton.launch import Target
 from tests.ops.test_attention import SHAPES, contiguous, ints, oracle, paged, random_sequence
 
 H200 = Target(90, 132)
+MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = [pytest.param(dtype, marks=[] if dtype == torch.bfloat16 else pytest.mark.slow) for dtype in FLOATS]
 CONTIGUOUS, PAGES, INT8_PAGES = attention.SOURCES
@@ -96,6 +97,7 @@ def test_blocks_before_the_window_and_behind_the_last_key_are_not_looked_at(kern
     assert torch.equal(kernel(name, *args)[0], expected)
 
 
+@pytest.mark.slow
 def test_block_size_does_not_change_a_bit(kernel):
     q, k, v = random_sequence(2, 150)
     results = []
@@ -124,6 +126,7 @@ def test_prefills_and_decodes_in_one_call(source, dtype, kernel):
     assert_close("paged_attention", got, reference("paged_attention", *args), tolerance("paged_attention", dtype))
 
 
+@pytest.mark.slow
 def test_a_sequence_does_not_see_its_neighbours(kernel):
     """Bits stay what they are whatever the others hold and however long they are."""
     args = mixed(torch.bfloat16)
@@ -261,7 +264,8 @@ def test_splits_of_many_rows_and_of_a_mixed_call(interpreter):
 
 def test_pools_of_more_than_two_to_the_31_elements(interpreter):
     blocks = (1 << 20) + 3  # of 2048 elements; memory that is not touched takes none
-    memory = mmap.mmap(-1, blocks * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, blocks * 4096, flags=flags)
     pool = torch.frombuffer(memory, dtype=torch.bfloat16).view(blocks, 16, 2, 64)
     q, k, _ = random_sequence(1, 20, dtype=torch.bfloat16)
     tables = ints(blocks - 1, blocks - 2)[None]
