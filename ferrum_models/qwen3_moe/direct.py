@@ -149,13 +149,13 @@ def decoder_layer(
     parts: dict[str, Any] = layer._modules
     norm, module = parts["input_layernorm"], parts["self_attn"]
     growing = growing_layer(cache, index)
-    if growing is not None and is_int4_attention(module, hidden, norm):
+    if growing is not None and hidden.is_cpu and is_int4_attention(module, norm):
         attended = int4_attention(module, norm, hidden, rotary, growing, lengths[0])
     else:
         attended = attention(module, norm.forward(hidden), rotary, cache, index, lengths)
     norm, mlp = parts["post_attention_layernorm"], parts["mlp"]
-    if is_int4_experts(mlp, hidden):
-        return int4_experts(mlp, norm, attended, hidden)
+    if hidden.is_cpu and is_int4_experts(mlp):
+        return ferrum_ops.decoder_experts_int4(attended, hidden, *experts_arguments(mlp, norm))
     normed, residual = ferrum_ops.fused_add_rms_norm(attended, hidden, norm.weight, norm.variance_epsilon)
     if "experts" not in mlp._modules:
         return residual + mlp.forward(normed)
@@ -170,12 +170,11 @@ def growing_layer(cache: Cache | StepCache | None, index: int) -> GrowingLayer |
     return layer if isinstance(layer, GrowingLayer) else None
 
 
-def is_int4_attention(module: Any, hidden: torch.Tensor, norm: Any) -> bool:
-    """Whether `int4_attention` computes this module: its linears in the CPU's layout, one eps for all norms."""
+def is_int4_attention(module: Any, norm: Any) -> bool:
+    """Whether on a CPU one op computes this module: its linears in the CPU's layout, one eps for all norms."""
     qkv, o = module._modules["qkv_proj"], module._modules["o_proj"]
     return (
-        hidden.is_cpu
-        and type(qkv) is Int4Linear
+        type(qkv) is Int4Linear
         and type(o) is Int4Linear
         and qkv.activation == o.activation
         and module._modules["q_norm"].variance_epsilon == norm.variance_epsilon
@@ -191,14 +190,28 @@ def int4_attention(
     held: torch.Tensor,
 ) -> torch.Tensor:
     """`attention` of the normed rows, as one op. held int32 `[B]`: tokens in the cache."""
+    batch, length = held.shape[0], cache.get_seq_length()
+    tokens = hidden.shape[0] // batch
+    buffers = cache.room_for(batch, tokens, module.num_kv_heads, module.head_dim, hidden)
+    arguments = attention_arguments(module, norm, rotary, None, buffers, held)
+    attended = ferrum_ops.decoder_attention_int4_(hidden, *arguments)
+    cache.hold(length + tokens)
+    return attended
+
+
+def attention_arguments(
+    module: Any,
+    norm: Any,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    positions: torch.Tensor | None,
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    held: torch.Tensor,
+) -> tuple[Any, ...]:
+    """What `decoder_attention_int4_` takes behind the rows."""
     parts = module._modules
     qkv: Int4Linear = parts["qkv_proj"]
     o: Int4Linear = parts["o_proj"]
-    batch, length = held.shape[0], cache.get_seq_length()
-    tokens = hidden.shape[0] // batch
-    keys, values = cache.room_for(batch, tokens, module.num_kv_heads, module.head_dim, hidden)
-    attended = ferrum_ops.decoder_attention_int4_(
-        hidden,
+    return (
         norm.weight,
         norm.variance_epsilon,
         *qkv.tensors,
@@ -206,9 +219,8 @@ def int4_attention(
         parts["q_norm"].weight,
         parts["k_norm"].weight,
         *rotary,
-        None,
-        keys,
-        values,
+        positions,
+        *buffers,
         held,
         module.scaling,
         *o.tensors,
@@ -216,28 +228,23 @@ def int4_attention(
         module.num_heads,
         qkv.activation,
     )
-    cache.hold(length + tokens)
-    return attended
 
 
-def is_int4_experts(mlp: Any, hidden: torch.Tensor) -> bool:
-    """Whether `int4_experts` computes this block: in the CPU's layout, run by "fused", its phases not timed."""
+def is_int4_experts(mlp: Any) -> bool:
+    """Whether on a CPU one op computes this block: in the CPU's layout, run by "fused", its phases not timed."""
     experts = mlp._modules.get("experts")
     return (
-        hidden.is_cpu
-        and type(experts) is PackedExperts
+        type(experts) is PackedExperts
         and experts.layout == Int4ExpertWeights.layout
         and mlp.implementation == "fused"
         and not is_profiled()
     )
 
 
-def int4_experts(mlp: Any, norm: Any, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Residual, norm, router and experts as one op."""
+def experts_arguments(mlp: Any, norm: Any) -> tuple[Any, ...]:
+    """What `decoder_experts_int4` takes behind the rows: of residual, norm, router and experts."""
     gate, experts = mlp._modules["gate"], mlp._modules["experts"].weights
-    return ferrum_ops.decoder_experts_int4(
-        attended,
-        hidden,
+    return (
         norm.weight,
         norm.variance_epsilon,
         gate.weight,

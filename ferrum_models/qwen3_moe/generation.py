@@ -3,6 +3,7 @@ on steps that go straight to the forward pass, past a loop whose Python costs as
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 import ferrum_ops
 from ferrum_models.qwen3_moe import decode, direct
 from ferrum_models.qwen3_moe.attention import NAME
+from ferrum_models.qwen3_moe.bound_layers import BoundLayers
 from ferrum_models.qwen3_moe.decode import DecodeGraph
 
 if TYPE_CHECKING:
@@ -66,8 +68,10 @@ class CachedSteps:
 
     def __init__(self, model: Qwen3MoeForCausalLM, batch: int) -> None:
         self.model, self.batch = model, batch
-        self.cache: DynamicCache | None = None
-        self._lengths, self._positions = torch.zeros(2, batch, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int64)
+        self._cache = DynamicCache()
+        self._held, self._room = 0, 0  # tokens in the cache, and how many fit before `_bind` is needed
+        self._lengths = torch.zeros(2, batch, dtype=torch.int32)  # before and after the next step
+        self._layers: BoundLayers | None = None
 
     @staticmethod
     def applies(model: Qwen3MoeForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
@@ -75,24 +79,39 @@ class CachedSteps:
         arguments = {"use_cache": True, "logits_to_keep": 1}
         return input_ids.is_cpu and direct.applies(model, input_ids, attention_mask, None, DynamicCache(), arguments)
 
+    @property
+    def cache(self) -> DynamicCache:
+        """The keys and values so far."""
+        if self._layers is not None:
+            for layer in self._cache.layers:
+                layer.hold(self._held)
+        return self._cache
+
     @torch.no_grad()
     def start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Take in the prompts. Returns logits `[B, V]`."""
         out = self.model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
-        self._lengths.fill_(input_ids.shape[1])
-        self._positions.fill_(input_ids.shape[1] - 1)
+        self._cache, self._layers = out.past_key_values, None
+        self._held = self._room = input_ids.shape[1]
+        self._lengths[0], self._lengths[1] = self._held, self._held + 1
         return out.logits[:, -1]
 
     @torch.no_grad()
     def run(self, steps: int, input_ids: torch.Tensor) -> torch.Tensor:
         """One step with these tokens, int64 `[B]`. Returns logits `[B, V]`."""
         assert steps == 1
-        self._positions += 1
-        self._lengths[1] += 1
-        hidden = direct.hidden_states(self.model, input_ids[:, None], self._positions, self.cache, self._lengths)
-        self._lengths[0] += 1
-        return self.model.lm_head(hidden)[:, -1]
+        if self._held == self._room:
+            self._layers = BoundLayers.bind(self.model, self.cache, self._lengths[0])
+            self._room = sys.maxsize if self._layers is None else self._layers.room
+        inner = self.model.model
+        if self._layers is None:
+            positions = self._lengths[:1, :1].long()
+            hidden = direct.hidden_states(self.model, input_ids[:, None], positions, self._cache, self._lengths)[:, -1]
+        else:
+            hidden = inner.norm.forward(self._layers.forward(inner.embed_tokens(input_ids)))
+        self._held += 1
+        self._lengths += 1
+        return self.model.lm_head(hidden)
 
 
 def graph_of(model: Qwen3MoeForCausalLM, batch: int, length: int) -> DecodeGraph:

@@ -46,10 +46,15 @@ class RMSNorm(hf.Qwen3MoeRMSNorm):
 class RotaryEmbedding(hf.Qwen3MoeRotaryEmbedding):
     """Tables of the positions at hand in float32: `[B*T, D/2]` cos and sin, row t for token t."""
 
+    @property
+    def is_static(self) -> bool:
+        """Whether a position has the same row whatever the other positions are."""
+        return "dynamic" not in self.rope_type and self.rope_type != "longrope"
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch = x.shape[0]
-        if "dynamic" in self.rope_type or self.rope_type == "longrope":
+        if not self.is_static:
             # The parent changes its frequencies with the positions. It casts to the dtype of `x`.
             cos, sin = super().forward(x.float(), position_ids)
             half = cos.shape[-1] // 2

@@ -5,7 +5,9 @@ import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from ferrum_models import Qwen3MoeForCausalLM
+from ferrum_models.qwen3_moe import cache as cache_module
 from ferrum_models.qwen3_moe import generation
+from ferrum_models.qwen3_moe.bound_layers import BoundLayers
 from tests.models.example import EXAMPLE, hooked, ids
 
 
@@ -102,15 +104,21 @@ def test_other_wishes_go_to_transformers(model, own, options):
     assert not own and got is not None
 
 
-def test_caches_may_change_hands(model):
-    """The prompt's and every later token's keys are those of transformers' loop."""
+@pytest.mark.parametrize("bound", [True, False], ids=["bound layers", "any layers"])
+def test_caches_may_change_hands(model, monkeypatch, bound):
+    """The prompt's and every later token's keys are those of transformers' loop, when buffers grow as well."""
+    monkeypatch.setattr(cache_module, "LEAST_GROWTH", 2)
+    binds = []
+    bind = BoundLayers.bind
+    monkeypatch.setattr(BoundLayers, "bind", lambda *args: binds.append(bind(*args)) or (binds[-1] if bound else None))
     steps, prompts = generation.CachedSteps(model, 2), ids(2, 9)
     logits = [steps.start(prompts, None)]
     cache = DynamicCache()
     expected = [model(prompts, past_key_values=cache).logits[:, -1]]
-    for token in ids(2, 4).unbind(1):
+    for token in ids(2, 14).unbind(1):
         logits.append(steps.run(1, token))
         expected.append(model(token[:, None], past_key_values=cache).logits[:, -1])
     assert all(torch.equal(a, b) for a, b in zip(logits, expected))
+    assert len(binds) == (3 if bound else 1) and None not in binds
     for own, other in zip(steps.cache.layers, cache.layers):
         assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
