@@ -38,8 +38,11 @@ def pick_gptq_moe_gemm_config(
 
 def _tile_of(groups: int, bits: int, dtype: torch.dtype, few_rows: bool) -> GemmConfig:
     config = gptq.tile_of(groups, dtype, few_rows)
-    # Scales of their own for each period of 3 bits leave registers for half as many rows.
-    return replace(config, block_m=16) if groups == FROM_G_IDX.value and bits == 3 else config
+    if groups != FROM_G_IDX.value or bits != 3:
+        return config
+    # Scales of their own for each period of 3 bits leave registers for half as many rows, and in float32 columns.
+    config = replace(config, block_m=16)
+    return replace(config, block_n=32, num_warps=4) if dtype == torch.float32 else config
 
 
 def _binary(config: GemmConfig, bits: int, dtype: torch.dtype) -> Binary:

@@ -25,9 +25,9 @@ from ferrum_ops.triton import KERNELS
 #: specifications). Triton compiles kernels that want more; their launch fails.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 REGISTER_LIMIT = 255
-#: Below the limit of registers ptxas may spill one or two of them by its own choice, so that another block fits: not a
-#: kernel that is too large. What it has used are 80, 128 or 168 registers, an even part of a multiprocessor's.
-CHOSEN_SPILLS = 32
+#: Below the limit of registers ptxas may spill two of them by its own choice, so that another block fits: not a kernel
+#: that is too large. So does Triton 3.6's for 9.x and later with the experts' 4-bit tiles of few rows, at 128 registers.
+CHOSEN_SPILLS = 8
 
 
 @dataclass(frozen=True)
