@@ -174,9 +174,10 @@ def test_gemm_against_the_dequantised_weights(bits, zero_offset, groups, isa):
 def test_gemm_of_odd_sizes(in_features, out_features, isa):
     tensors = random_projection(in_features, out_features, in_features // 8, 4, "cpu")
     weight = ferrum_ops.gptq_dequantize(*tensors, None, 4, 1, torch.float32).double()
-    for rows in (1, 7, 13):
-        x = torch.randn(rows, in_features)
-        assert_close("gptq_gemm", ferrum_ops.gptq_gemm(x, *tensors), x.double() @ weight)
+    parts = [torch.randn(rows, in_features) for rows in (1, 7, 13)]
+    # Held against all rows: in one whose products cancel, rounding is large beside what is left.
+    out = torch.cat([ferrum_ops.gptq_gemm(x, *tensors) for x in parts])
+    assert_close("gptq_gemm", out, torch.cat(parts).double() @ weight)
 
 
 def test_gemm_rounds_once(isa):
