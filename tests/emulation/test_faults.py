@@ -7,6 +7,9 @@ import torch
 
 from tests.emulation.emulator import HERE, SCHEDULES, Emulated
 
+#: Of the emulator itself, with a library of its own to compile.
+pytestmark = pytest.mark.slow
+
 #: By the number of the case in faults.cu; the message as the forward order gives it.
 FAULTS = {
     "deadlock": (0, "deadlock: threads 1-63 wait in __syncthreads (faults.cu:24); threads 0 wait in __syncwarp (faults.cu:22); 0 of 64 exited"),

@@ -6,6 +6,9 @@ import torch
 from tests.emulation.conftest import ORDERS
 from tests.emulation.emulator import HERE, Emulated
 
+#: Of the emulator itself, with a library of its own to compile.
+pytestmark = pytest.mark.slow
+
 ALL_LANES = 0xFFFFFFFF
 
 

@@ -71,6 +71,7 @@ def test_more_tokens_than_the_capacity_are_left_out(kernel):
         assert same_bits(torch.stack(kernel("kv_append_", *caches.unbind(), *new.unbind(), ints(length))), caches)
 
 
+@pytest.mark.slow
 def test_more_sequences_than_a_grid_is_deep(emulated):
     cache, new = torch.zeros(2, 65540, 1, 2, 1), torch.randn(2, 65540, 1, 1, 1)
     lens = torch.arange(65540, dtype=torch.int32) % 2

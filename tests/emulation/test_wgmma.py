@@ -8,6 +8,9 @@ import torch
 from ferrum_ops.testing.compare import assert_close
 from tests.emulation.emulator import HERE, SCHEDULES, Emulated
 
+#: Of the emulator itself, with a library of its own to compile.
+pytestmark = pytest.mark.slow
+
 SOURCE = HERE / "kernels" / "wgmma.cu"
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -48,14 +48,15 @@ def greedy_with_static_cache(model, forward, steps):
     return torch.stack(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation, backend",
     [
         ("fused", "aot_eager"),
-        pytest.param("bucketed", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("per_pair", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("fused", "inductor", marks=pytest.mark.slow),
-        pytest.param("bucketed", "inductor", marks=pytest.mark.slow),  # to inductor per_pair is the same single op
+        ("bucketed", "aot_eager"),
+        ("per_pair", "aot_eager"),
+        ("fused", "inductor"),
+        ("bucketed", "inductor"),  # to inductor per_pair is the same single op
     ],
 )
 def test_compiled_equals_eager(model, implementation, backend):

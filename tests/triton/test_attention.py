@@ -152,7 +152,7 @@ def test_rows_behind_the_last_sequence_are_zeros(kernel):
 
 
 @pytest.mark.parametrize("outside", OUTSIDE, ids=str)
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_keys_of_blocks_outside_the_pool_are_not_seen(tokens, outside, kernel):
     q, k, v = random_sequence(tokens, 200)
     name, *args = arguments(PAGES, q, k, v, 0.2, False)
@@ -206,7 +206,7 @@ def test_starts_that_do_not_ascend_read_and_write_nothing_else(starts, kernel):
 @pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2]])
 @pytest.mark.parametrize("bad", [float("nan"), pytest.param(float("-inf"), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("what", ["query", "key", "value", "k_scale", "v_scale"])
-@pytest.mark.parametrize("tokens, window", [(1, 0), (24, 30)])
+@pytest.mark.parametrize("tokens, window", [pytest.param(1, 0, marks=pytest.mark.slow), (24, 30)])
 def test_what_is_not_finite_reaches_those_that_see_it(tokens, window, what, bad, dtype, kernel):
     source = INT8_PAGES if what.endswith("scale") else PAGES
     name, q, k_cache, v_cache, tables, *rest = arguments(source, *random_sequence(tokens, 90, dtype=dtype))

@@ -63,7 +63,7 @@ def test_one_group_and_a_partly_filled_tile(scale_dtype, interpreter):
         assert_close("gptq_gemm", out, reference(x, *tensors, None, None, bits, 0), 1e-3)
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", ["tile", *(pytest.param(g, marks=pytest.mark.slow) for g in ("period", "g_idx"))])
 def test_splits_of_k_change_only_the_order_of_the_sum(groups, interpreter):
     tensors, g_idx = projection(groups, 4, tiles=5, out_features=130)
     x, bias = torch.randn(3, tensors[0].shape[0] * 8).half(), torch.randn(130)
@@ -128,7 +128,7 @@ def test_rows_of_unknown_groups_are_nan_and_read_nothing(group, interpreter):
     assert out.isnan().all()
 
 
-@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+@pytest.mark.parametrize("scale", [float("inf"), pytest.param(float("nan"), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("groups", GROUPS)
 def test_scales_that_are_not_finite_stay_in_their_column(groups, scale, interpreter):
     tensors, g_idx = projection(groups, 4)
