@@ -26,7 +26,9 @@ def traced(path: str, build: Callable[[], dict[str, torch.Tensor]]) -> Callable[
         start = time.perf_counter()
         tensors = build()
         nbytes = sum(t.nbytes for t in tensors.values())
-        print(f"[load] {path}: {nbytes:,} bytes in {1e3 * (time.perf_counter() - start):.1f} ms", file=sys.stderr)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        # In one piece: transformers builds modules in several threads, beside the one of its progress bar.
+        sys.stderr.write(f"[load] {path}: {nbytes:,} bytes in {milliseconds:.1f} ms\n")
         return tensors
 
     return build_and_tell

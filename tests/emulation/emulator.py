@@ -147,7 +147,7 @@ class Emulated:
         defines = [STABLE_ABI, f"-DFERRUM_NAMESPACE={namespace}", "-DFERRUM_CUDA_KEY=CPU"]
 
         def compile_all(paths: Sequence[Path], defines: Sequence[str]) -> list[Path]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compilers of 300 MB each
                 return list(pool.map(lambda path: _compile(path, texts[path], defines), paths))
 
         with _build_lock("runtime"):

@@ -301,6 +301,7 @@ def test_generate_dequantises_no_table(q4_k_m, monkeypatch):
 @pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiles_in_one_graph(q4_k_m, implementation, repack):
+    torch.compiler.reset()
     _, path = q4_k_m
     model = load(path, moe_implementation=implementation, gguf_repack=repack)
     expected = model(IDS).logits
