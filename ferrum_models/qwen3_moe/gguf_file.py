@@ -218,6 +218,8 @@ class GgufFile:
             raise self._fail(
                 f"{total} bytes of {type_name(type)} {shape} at offset {offset}", f"{available} bytes of data", name
             )
+        if prod(filter(None, shape)) >= 1 << 63:  # beside a size of 0, which needs no bytes
+            raise self._fail("sizes with a product below 2^63", shape, name)
         return GgufTensor(self, name, type, shape, data + offset, total)
 
 

@@ -90,6 +90,10 @@ def tensor(name, sizes, type=0, offset=0):
         (header(tensors=1, body=tensor("t", [1 << 20] * 4)), "t: expected .* bytes of F32 .* found 0 bytes of data"),
         (header(tensors=1, body=tensor("t", [1], 0, 1 << 63)), "t: expected 4 bytes of F32 .* at offset"),
         (header(tensors=1, body=tensor("t", [1], 0, 4)), "t: expected an offset that is a multiple of 32, found 4"),
+        (
+            header(tensors=1, body=tensor("t", [32, 1 << 63, 0])),
+            r"t: expected sizes with a product below 2\^63, found \(0, 9223372036854775808, 32\)",
+        ),
         (header(tensors=2, body=tensor("t", [0]) * 2), "t: expected each tensor once, found it twice"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
