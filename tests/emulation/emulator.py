@@ -116,12 +116,18 @@ def _link(objects: Sequence[Path], name: str) -> Path:
     return result
 
 
-@cache
 def _remove_unused() -> None:
-    """Objects carry a digest of all they depend on: those of other states of the sources pile up."""
+    """Objects carry a digest of all they depend on: those of other states of the sources pile up.
+
+    Once a day, by whoever builds first: others may link what has lain unused until now.
+    """
+    done = BUILD / "unused-removed"
+    if done.exists() and time.time() - done.stat().st_mtime < UNUSED_SECONDS:
+        return
     for path in BUILD.glob("*.*o"):
         if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
             path.unlink(missing_ok=True)
+    done.touch()
 
 
 @contextmanager
