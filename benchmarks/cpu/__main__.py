@@ -5,6 +5,7 @@
     python -m benchmarks.cpu model [--workloads "decode 1" "prompt 512"] [--save]
     python -m benchmarks.cpu gguf [--workloads ...] [--checkpoint FOLDER] [--save]
     python -m benchmarks.cpu scaling [--kinds threads experts top_k zipf] [--save]
+    python -m benchmarks.cpu levels [--families attention gguf] [--tokens ...] [--save]
     python -m benchmarks.cpu summary
 
 Every contender's result is checked against float64 on its own weights before it is timed. Peers that are not
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import experts, gguf, linear, model, scaling, summary
+from benchmarks.cpu import experts, gguf, levels, linear, model, scaling, summary
 
 SECTIONS = {
     "experts": experts.main,
@@ -28,6 +29,7 @@ SECTIONS = {
     "model": model.main,
     "gguf": gguf.main,
     "scaling": scaling.main,
+    "levels": levels.main,
     "summary": summary.main,
 }
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing per line of a table")
     parser.add_argument("--kinds", nargs="+", choices=["threads", "experts", "top_k", "zipf"], help="scaling: of what")
+    parser.add_argument("--families", nargs="+", help="levels: of which ops")
     parser.add_argument("--workloads", nargs="+", choices=model.WORKLOADS, help="model: which")
     parser.add_argument("--rounds", type=int, default=3, help="model: counted turns")
     parser.add_argument("--layers", type=int, default=4, help="model: of the synthetic checkpoint")

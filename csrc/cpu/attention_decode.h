@@ -59,14 +59,14 @@ inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.low, 0xb1), _mm256_pe
 inline Vec broadcast_pair(const char* from) {
   float pair[2];
   __builtin_memcpy(pair, from, sizeof(pair));
-  return per_lane([&](int64_t i) { return pair[i % 2]; });
+  return per_part([&](int) { return Floats{pair[0], pair[1], pair[0], pair[1]}; });
 }
 inline Vec add_pairs(Vec a, Vec b) {
-  return per_lane([&](int64_t i) { return i % 2 == 0 ? a.v[i] + a.v[i + 1] : b.v[i - 1] + b.v[i]; });
+  return per_part([&](int i) { return shuffle<0, 4, 2, 6>(a.v[i], b.v[i]) + shuffle<1, 5, 3, 7>(a.v[i], b.v[i]); });
 }
 inline Vec broadcast_one(const float* from) { return broadcast(*from); }
 inline Vec swap_pairs(Vec a) {
-  return per_lane([&](int64_t i) { return a.v[i ^ 1]; });
+  return per_part([&](int i) { return shuffle<1, 0, 3, 2>(a.v[i], a.v[i]); });
 }
 #endif
 

@@ -102,15 +102,36 @@ inline void transpose(Vec* rows) {
 }
 #else
 inline Vec load_codes(const int8_t* from, int64_t count) {
-  return per_lane([&](int64_t i) { return i < count ? static_cast<float>(from[i]) : 0.0f; });
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    lanes[i] = static_cast<float>(from[i]);
+  }
+  return load(static_cast<const float*>(lanes));
+}
+
+// Four by four elements, the other way about.
+inline void transpose(Floats& a, Floats& b, Floats& c, Floats& d) {
+  const Floats ab_low = shuffle<0, 4, 1, 5>(a, b), ab_high = shuffle<2, 6, 3, 7>(a, b);
+  const Floats cd_low = shuffle<0, 4, 1, 5>(c, d), cd_high = shuffle<2, 6, 3, 7>(c, d);
+  a = shuffle<0, 1, 4, 5>(ab_low, cd_low);
+  b = shuffle<2, 3, 6, 7>(ab_low, cd_low);
+  c = shuffle<0, 1, 4, 5>(ab_high, cd_high);
+  d = shuffle<2, 3, 6, 7>(ab_high, cd_high);
 }
 
 inline void transpose(Vec* rows) {
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kParts; ++i) {
+    for (int j = 0; j < kParts; ++j) {
+      transpose(rows[4 * i].v[j], rows[4 * i + 1].v[j], rows[4 * i + 2].v[j], rows[4 * i + 3].v[j]);
+    }
+  }
+  for (int i = 0; i < kParts; ++i) {  // whole blocks of four by four change places
     for (int j = 0; j < i; ++j) {
-      const float x = rows[i].v[j];
-      rows[i].v[j] = rows[j].v[i];
-      rows[j].v[i] = x;
+      for (int k = 0; k < 4; ++k) {
+        const Floats x = rows[4 * i + k].v[j];
+        rows[4 * i + k].v[j] = rows[4 * j + k].v[i];
+        rows[4 * j + k].v[i] = x;
+      }
     }
   }
 }

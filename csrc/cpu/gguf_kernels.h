@@ -24,6 +24,24 @@ inline ChunkRow chunk_row(const GgufActivations& a, int64_t row, int64_t chunk, 
   return {a.codes + at * gguf::kChunk, a.scales + at * scales_per_chunk, a.sums + at * 16};
 }
 
+inline float* out_of(const GgufProduct& p, int64_t column) {
+  return p.out + column / kGgufTile * p.tile_stride + column % kGgufTile;
+}
+
+// Chunk k of a column's weights, from packed rows or from tiles.
+inline void decode_column(const GgufProduct& p, int64_t column, int64_t k, Chunk& out) {
+  const gguf::Traits& traits = *p.weights.traits;
+  const int64_t row = p.first + column;
+  if (p.weights.tiled) {
+    const int64_t bytes = gguf::tiling_of(traits.type).chunk_bytes();
+    const uint8_t* tile = p.weights.blocks + row / gguf::kTileRows * p.weights.tile_bytes();
+    return decode_tile_row(traits.type, tile + k * bytes, row % gguf::kTileRows, out);
+  }
+  const int64_t bytes = gguf::kChunk / traits.elements * traits.bytes;
+  decode_chunk(traits.type, p.weights.blocks + row * p.weights.row_bytes() + k * bytes,
+               p.weights.in_features - k * gguf::kChunk, out);
+}
+
 #if defined(FERRUM_LEVEL_AVX2)
 
 inline int32_t add_lanes(__m256i v) {
@@ -62,28 +80,6 @@ inline int32_t small_dot(const uint8_t* codes, const int8_t* x, bool wide) {
   return add_lanes(dot_halves(codes, x, wide));
 }
 
-#else
-
-inline int32_t plain_dot(const uint8_t* codes, const int8_t* x, int count) {
-  int32_t dot = 0;
-  for (int i = 0; i < count; ++i) {
-    dot += static_cast<int32_t>(codes[i]) * x[i];
-  }
-  return dot;
-}
-
-inline int32_t scaled_dot(const Chunk& w, const int8_t* x, bool) {
-  int32_t total = 0;
-  for (int j = 0; j < 16; ++j) {
-    total += w.scales[j] * plain_dot(w.codes + 16 * j, x + 16 * j, 16);
-  }
-  return total;
-}
-
-inline int32_t small_dot(const uint8_t* codes, const int8_t* x, bool) { return plain_dot(codes, x, 32); }
-
-#endif
-
 inline float large_term(const gguf::Traits& traits, const Chunk& w, const ChunkRow& x) {
   const int16_t* factors = traits.mins ? w.mins : w.scales;
   int32_t sum = 0;
@@ -110,24 +106,6 @@ inline float small_term(const gguf::Traits& traits, const Chunk& w, const ChunkR
   return ((terms[0] + terms[1]) + (terms[2] + terms[3])) + ((terms[4] + terms[5]) + (terms[6] + terms[7]));
 }
 
-inline float* out_of(const GgufProduct& p, int64_t column) {
-  return p.out + column / kGgufTile * p.tile_stride + column % kGgufTile;
-}
-
-// Chunk k of a column's weights, from packed rows or from tiles.
-inline void decode_column(const GgufProduct& p, int64_t column, int64_t k, Chunk& out) {
-  const gguf::Traits& traits = *p.weights.traits;
-  const int64_t row = p.first + column;
-  if (p.weights.tiled) {
-    const int64_t bytes = gguf::tiling_of(traits.type).chunk_bytes();
-    const uint8_t* tile = p.weights.blocks + row / gguf::kTileRows * p.weights.tile_bytes();
-    return decode_tile_row(traits.type, tile + k * bytes, row % gguf::kTileRows, out);
-  }
-  const int64_t bytes = gguf::kChunk / traits.elements * traits.bytes;
-  decode_chunk(traits.type, p.weights.blocks + row * p.weights.row_bytes() + k * bytes,
-               p.weights.in_features - k * gguf::kChunk, out);
-}
-
 inline void int8_columns(const GgufProduct& p) {
   const gguf::Traits& traits = *p.weights.traits;
   const bool small = traits.elements == gguf::kSmallBlock;
@@ -144,6 +122,8 @@ inline void int8_columns(const GgufProduct& p) {
     }
   }
 }
+
+#endif
 
 // Rows by columns whose sums stay in registers, and how many columns are decoded at a time.
 #if defined(FERRUM_LEVEL_AVX512)
@@ -247,6 +227,13 @@ inline void full_columns(const GgufProduct& p) {
 }
 
 }  // namespace
+}  // namespace ferrum::cpu::FERRUM_LEVEL
+
+#if defined(FERRUM_LEVEL_GENERIC)
+#include "cpu/gguf_words.h"
+#endif
+
+namespace ferrum::cpu::FERRUM_LEVEL {
 
 void gguf_full_columns(const GgufProduct& product) { full_columns(product); }
 

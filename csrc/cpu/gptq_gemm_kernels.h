@@ -14,13 +14,16 @@ constexpr int64_t kPrefetchRows = 8;
 constexpr float kTwoTo23 = 8388608.0f;
 
 // Accumulators, weights and one broadcast activation fit the registers of the
-// level. AVX512 has 32 of 16 lanes, AVX2 16 of 8.
+// level: AVX512 has 32 of 16 lanes, AVX2 16 of 8, any other at least 16 of 4.
 #if defined(FERRUM_LEVEL_AVX512)
 constexpr int64_t kTileVectors = 4, kTileBatch = 6;
 constexpr int64_t kDirectVectors = 4, kDirectBatch = 2;
-#else
+#elif defined(FERRUM_LEVEL_AVX2)
 constexpr int64_t kTileVectors = 1, kTileBatch = 6;
 constexpr int64_t kDirectVectors = 2, kDirectBatch = 1;
+#else
+constexpr int64_t kTileVectors = 1, kTileBatch = 2;
+constexpr int64_t kDirectVectors = 1, kDirectBatch = 1;
 #endif
 
 // What every task over one block of columns needs.
@@ -216,35 +219,23 @@ inline void multiply_tile(const float* x, const float* tile, int64_t depth, floa
   }
 }
 
+// A batch of `count` rows, at most kBatch.
+template <int64_t kBatch>
+inline void multiply_batch(int64_t count, const float* x, const float* tile, int64_t depth, float* sums) {
+  if (count == kBatch) {
+    multiply_tile<kBatch>(x, tile, depth, sums);
+  } else if constexpr (kBatch > 1) {
+    multiply_batch<kBatch - 1>(count, x, tile, depth, sums);
+  }
+}
+
 void multiply_rows(const GptqGemm& gemm, int64_t begin, int64_t end, int64_t row, int64_t rows, const float* tile,
                    float* sums) {
-  static_assert(kTileBatch == 6);
-  const int64_t depth = end - begin;
   for (int64_t m = 0, batch; m < rows; m += batch) {
     // The last two batches share what is left: a batch of one or two rows waits for its sums.
     const int64_t left = rows - m;
     batch = left > kTileBatch && left < 2 * kTileBatch ? left / 2 : smaller(left, kTileBatch);
-    const float* x = tile_of_x(gemm, begin, row + m);
-    float* sum = sums + m * kColumns;
-    switch (batch) {
-      case 1:
-        multiply_tile<1>(x, tile, depth, sum);
-        break;
-      case 2:
-        multiply_tile<2>(x, tile, depth, sum);
-        break;
-      case 3:
-        multiply_tile<3>(x, tile, depth, sum);
-        break;
-      case 4:
-        multiply_tile<4>(x, tile, depth, sum);
-        break;
-      case 5:
-        multiply_tile<5>(x, tile, depth, sum);
-        break;
-      default:
-        multiply_tile<6>(x, tile, depth, sum);
-    }
+    multiply_batch<kTileBatch>(batch, tile_of_x(gemm, begin, row + m), tile, end - begin, sums + m * kColumns);
   }
 }
 

@@ -62,35 +62,28 @@ inline Vec plus_two_to_23(Words a, Words mask) {
 #else
 
 struct Words {
-  uint32_t v[kLanes];
+  Bits v[kParts];
 };
 
+template <typename Function>
+inline Words words_per_part(Function function) {
+  return {{function(0), function(1), function(2), function(3)}};
+}
 inline Words broadcast_words(uint32_t word) {
-  Words out;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    out.v[i] = word;
-  }
-  return out;
+  return words_per_part([&](int) { return all_bits(word); });
 }
 inline Words load_all_words(const int32_t* from) {
-  Words out;
-  __builtin_memcpy(out.v, from, sizeof(out.v));
-  return out;
+  return words_per_part([&](int i) { return load_vector<Bits>(from + 4 * i); });
 }
 inline Words shift_right(Words a, int by) {
-  for (int64_t i = 0; i < kLanes; ++i) {
-    a.v[i] >>= by;
-  }
-  return a;
+  return words_per_part([&](int i) { return a.v[i] >> static_cast<uint32_t>(by); });
 }
 inline Words shift_pair(Words low, Words high, int by) {
-  for (int64_t i = 0; i < kLanes; ++i) {
-    low.v[i] = low.v[i] >> by | high.v[i] << (32 - by);
-  }
-  return low;
+  const uint32_t right = static_cast<uint32_t>(by), left = 32 - right;
+  return words_per_part([&](int i) { return low.v[i] >> right | high.v[i] << left; });
 }
 inline Vec plus_two_to_23(Words a, Words mask) {
-  return per_lane([&](int64_t i) { return from_bits((a.v[i] & mask.v[i]) | kBitsOfTwoTo23); });
+  return per_part([&](int i) { return as_floats((a.v[i] & mask.v[i]) | kBitsOfTwoTo23); });
 }
 
 #endif

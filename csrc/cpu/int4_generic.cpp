@@ -1,66 +1,24 @@
-// int4 kernels in portable C++.
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
+// int4 kernels in portable C++, on the vectors of simd_generic.h.
+#define FERRUM_LEVEL_GENERIC
+#include "cpu/simd.h"
 
 #include "common/int4.h"
 
 namespace ferrum::cpu {
 namespace {
 
-// IEEE binary16 to binary32.
-inline float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 31u;
-  const uint32_t mantissa = half & 0x3ffu;
-  uint32_t bits;
-  if (exponent == 0) {  // zero or subnormal: the mantissa counts units of 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    __builtin_memcpy(&bits, &magnitude, 4);
-  } else if (exponent == 31) {
-    bits = 0x7f800000u | mantissa << 13;
-  } else {
-    bits = (exponent + 112) << 23 | mantissa << 13;
-  }
-  bits |= sign;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// IEEE binary32 to binary16, to nearest even.
-inline uint16_t float_to_half(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) {
-    return sign | 0x7e00u;
-  }
-  if (bits >= 0x477ff000u) {  // rounds to 65536 or more
-    return sign | 0x7c00u;
-  }
-  if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves units of 2^-24 in the low bits, rounded to nearest even
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    __builtin_memcpy(&bits, &magnitude, 4);
-    return sign | static_cast<uint16_t>(bits - 0x3f000000u);
-  }
-  const uint32_t rounded = bits + 0xfffu + ((bits >> 13) & 1u);
-  return sign | static_cast<uint16_t>((rounded >> 13) - (112u << 10));
-}
-
 void halves_to_floats(const uint16_t* in, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = half_to_float(in[i]);
-  }
+  const auto* halves = reinterpret_cast<const Half*>(in);
+  generic::for_vectors(count, [&](int64_t i, int64_t some) {
+    generic::store_some(out + i, generic::load_some(halves + i, some), some);
+  });
 }
 
 void floats_to_halves(const float* in, int64_t count, uint16_t* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = float_to_half(in[i]);
-  }
+  auto* halves = reinterpret_cast<Half*>(out);
+  generic::for_vectors(count, [&](int64_t i, int64_t some) {
+    generic::store_some(halves + i, generic::load_some(in + i, some), some);
+  });
 }
 
 }  // namespace
@@ -71,109 +29,291 @@ void floats_to_halves(const float* in, int64_t count, uint16_t* out) {
 namespace ferrum::cpu {
 namespace {
 
+using generic::all;
+using generic::Bits;
+using generic::Floats;
+using generic::Ints;
+using generic::load_vector;
+using generic::multiply_add;
+using generic::shuffle;
+using generic::smaller;
+using generic::store_vector;
 using int4::kLineRows;
 using int4::kMaxGroupSize;
 using int4::kTileColumns;
+using Words = int16_t __attribute__((vector_size(16)));
 
-// One group of one tile: code minus zero point, row-major, and the scales.
-template <int Bits, typename T>
-struct UnpackedGroup {
-  static constexpr int64_t kLineBytes = kLineRows * kTileColumns * Bits / 8;
-  int64_t rows;
-  T weights[kMaxGroupSize][kTileColumns];
-  float scales[kTileColumns];
+constexpr int64_t kQuads = kTileColumns / 4;  // of columns, one vector of 32-bit lanes each
+constexpr int64_t kMaxLines = kMaxGroupSize / kLineRows;
+// Rows whose sums stay in 16 registers. Weights are unpacked again for each so many rows, in registers, if there are no
+// more than kDirectRows; else once, into a tile of `Codes` in the first-level cache.
+constexpr int64_t kRows = 2, kDirectRows = 4;
+// Lines whose products with int4 codes fit an int16 lane: 4 lines * four products of at most 15 * 127 = 30480.
+constexpr int64_t kLinesPerSum = 4;
 
-  void unpack(const PackedWeights& w, int64_t tile, int64_t group) {
+// One group of one tile.
+template <int kBits>
+struct Group {
+  static constexpr int64_t kLineBytes = kLineRows * kTileColumns * kBits / 8;
+  const uint8_t* codes;
+  int64_t lines;
+  Floats scales[kQuads], zeros[kQuads];
+
+  Group(const PackedWeights& w, int64_t tile, int64_t group) {
     const int64_t first_line = group * w.group_lines;
-    const int64_t lines = w.lines - first_line < w.group_lines ? w.lines - first_line : w.group_lines;
-    rows = lines * kLineRows;
-    const uint8_t* line = w.codes + (tile * w.lines + first_line) * kLineBytes;
     const int64_t at = (tile * w.groups + group) * kTileColumns;
-    for (int64_t i = 0; i < lines; ++i, line += kLineBytes) {
-      for (int64_t c = 0; c < kTileColumns; ++c) {
-        const int zero = w.zeros ? w.zeros[at + c] : 1 << (Bits - 1);
-        for (int64_t b = 0; b < 4; ++b) {
-          const int byte = line[4 * c + b];
-          weights[8 * i + b][c] = static_cast<T>((Bits == 4 ? byte & 15 : byte) - zero);
-          weights[8 * i + 4 + b][c] = static_cast<T>((Bits == 4 ? byte >> 4 : line[64 + 4 * c + b]) - zero);
-        }
-      }
+    codes = w.codes + (tile * w.lines + first_line) * kLineBytes;
+    lines = smaller(w.lines - first_line, w.group_lines);
+    float zero[kTileColumns];
+    for (int64_t c = 0; c < kTileColumns; ++c) {
+      zero[c] = w.zeros ? static_cast<float>(w.zeros[at + c]) : static_cast<float>(1 << (kBits - 1));
     }
-    halves_to_floats(w.scales + at, kTileColumns, scales);
+    const generic::Vec scale = generic::load(reinterpret_cast<const Half*>(w.scales + at));
+    for (int64_t q = 0; q < kQuads; ++q) {
+      scales[q] = scale.v[q];
+      zeros[q] = load_vector<Floats>(zero + 4 * q);
+    }
   }
 };
 
-template <int Bits>
-void int8_group(const UnpackedGroup<Bits, int16_t>& group, const int8_t* codes, float activation_scale, float* out) {
-  int32_t dot[kTileColumns] = {};
-  for (int64_t k = 0; k < group.rows; ++k) {
-    const int16_t code = codes[k];
-    for (int64_t c = 0; c < kTileColumns; ++c) {
-      dot[c] += code * group.weights[k][c];
+// What int8 activations are multiplied by: field f of a line holds two rows of each column, f and f + 2 of rows 0 to 3
+// (f = 0, 1), f + 2 and f + 4 of rows 4 to 7 (f = 2, 3). The codes of int8 weights are less 128.
+template <int kBits>
+struct WordCodes {
+  using Codes = Words;
+  static constexpr int64_t kFields = 4;
+
+  static Words unpack(const Group<kBits>& group, int64_t line, int64_t f, int64_t quad) {
+    const uint8_t* from = group.codes + line * group.kLineBytes + 16 * quad + (kBits == 8 ? 64 * (f / 2) : 0);
+    const int shift = static_cast<int>(8 * (f % 2) + (kBits == 4 ? 4 * (f / 2) : 0));
+    using UnsignedWords = uint16_t __attribute__((vector_size(16)));
+    const UnsignedWords codes = load_vector<UnsignedWords>(from) >> shift & static_cast<uint16_t>((1 << kBits) - 1);
+    return kBits == 4 ? reinterpret_cast<Words>(codes) : reinterpret_cast<Words>(codes) - 128;
+  }
+};
+
+// What activations in fp32 are multiplied by: row f of a line, less the zero points.
+template <int kBits>
+struct FloatCodes {
+  using Codes = Floats;
+  static constexpr int64_t kFields = kLineRows;
+
+  static Floats unpack(const Group<kBits>& group, int64_t line, int64_t f, int64_t quad) {
+    const uint8_t* from = group.codes + line * group.kLineBytes + 16 * quad + (kBits == 8 ? 64 * (f / 4) : 0);
+    const int shift = static_cast<int>(8 * (f % 4) + (kBits == 4 ? 4 * (f / 4) : 0));
+    const Bits codes = load_vector<Bits>(from) >> shift & ((1u << kBits) - 1u);
+    return __builtin_convertvector(reinterpret_cast<Ints>(codes), Floats) - group.zeros[quad];
+  }
+};
+
+// Where a product takes a group's codes from: the packed weights, or a tile of them that it unpacked before.
+template <typename Form, typename Group>
+struct Packed {
+  const Group& group;
+  typename Form::Codes operator()(int64_t line, int64_t f, int64_t quad) const {
+    return Form::unpack(group, line, f, quad);
+  }
+};
+
+template <typename Form>
+struct Unpacked {
+  alignas(64) typename Form::Codes codes[kMaxLines][Form::kFields][kQuads];
+
+  template <typename Group>
+  void fill(const Group& group) {
+    for (int64_t line = 0; line < group.lines; ++line) {
+      for (int64_t f = 0; f < Form::kFields; ++f) {
+        for (int64_t q = 0; q < kQuads; ++q) {
+          codes[line][f][q] = Form::unpack(group, line, f, q);
+        }
+      }
     }
   }
-  for (int64_t c = 0; c < kTileColumns; ++c) {
-    out[c] = out[c] + static_cast<float>(dot[c]) * (group.scales[c] * activation_scale);
+  typename Form::Codes operator()(int64_t line, int64_t f, int64_t quad) const { return codes[line][f][quad]; }
+};
+
+// A row of a panel: adds one quad of a group's products, times their scales.
+inline void add_quad(float* out, int64_t group, Floats dot, Floats scale) {
+  const Floats sum = group == 0 ? all(0.0f) : load_vector<Floats>(out);
+  store_vector(out, sum + dot * scale);
+}
+
+// A group of int8 activations as words, in the order of WordCodes: field f of a line is 32-bit lane f.
+struct WordRow {
+  Words lines[kMaxLines];
+  float scale, sum;
+
+  void fill(const int8_t* codes, int64_t count) {
+    for (int64_t i = 0; i < count; i += 2) {
+      Words bytes = {};
+      __builtin_memcpy(&bytes, codes + i * kLineRows, static_cast<size_t>(smaller(2, count - i) * kLineRows));
+      const Ints even = reinterpret_cast<Ints>(bytes << 8 >> 8), odd = reinterpret_cast<Ints>(bytes >> 8);
+      lines[i] = reinterpret_cast<Words>(shuffle<0, 4, 1, 5>(even, odd));
+      lines[i + 1] = reinterpret_cast<Words>(shuffle<2, 6, 3, 7>(even, odd));
+    }
+  }
+  // Field f of a line for all columns.
+  template <int F>
+  Words field(int64_t line) const {
+    const Ints fields = reinterpret_cast<Ints>(lines[line]);
+    return reinterpret_cast<Words>(shuffle<F, F, F, F>(fields, fields));
+  }
+};
+
+// Adds both words of each lane to the 32-bit sums, and begins anew.
+template <int R>
+inline void widen_sums(Words (*sums)[kQuads], Ints (*dots)[kQuads]) {
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t q = 0; q < kQuads; ++q) {
+      const Ints pairs = reinterpret_cast<Ints>(sums[r][q]);
+      dots[r][q] += (pairs << 16 >> 16) + (pairs >> 16);
+      sums[r][q] = Words{};
+    }
   }
 }
 
-// Multiplies and adds apart where the processor has no fused operation: a call per element would be far slower.
-template <int Bits>
-void full_group(const UnpackedGroup<Bits, float>& group, const float* values, float* out) {
-  float dot[kTileColumns] = {};
-  for (int64_t k = 0; k < group.rows; ++k) {
-    for (int64_t c = 0; c < kTileColumns; ++c) {
-#if defined(FP_FAST_FMAF)
-      dot[c] = __builtin_fmaf(values[k], group.weights[k][c], dot[c]);
-#else
-      dot[c] = dot[c] + values[k] * group.weights[k][c];
-#endif
-    }
+template <int R, int F, typename Codes>
+inline void multiply_field(const Codes& codes, const WordRow* x, int64_t line, Words (*sums)[kQuads]) {
+  Words field[R];
+  for (int64_t r = 0; r < R; ++r) {
+    field[r] = x[r].template field<F>(line);
   }
-  for (int64_t c = 0; c < kTileColumns; ++c) {
-    out[c] = out[c] + dot[c] * group.scales[c];
+  for (int64_t q = 0; q < kQuads; ++q) {
+    const Words code = codes(line, F, q);
+    for (int64_t r = 0; r < R; ++r) {
+      sums[r][q] += code * field[r];
+    }
   }
 }
 
-// Runs `multiply(unpacked group, group, activation row, out)` over tiles, groups and rows.
-template <int Bits, typename T, typename Multiply>
-void for_each_group(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                    const int32_t* row_ids, int64_t num_rows, float* out, const Multiply& multiply) {
-  UnpackedGroup<Bits, T> unpacked;
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    float* column = out + t * tile_step * kTileColumns;
-    for (int64_t r = 0; r < num_rows; ++r) {
-      __builtin_memset(column + r * kPanelColumns, 0, kTileColumns * sizeof(float));
+// out += one group of R rows times one tile.
+template <int kBits, int R, typename Codes>
+void int8_group(const Group<kBits>& group, const Codes& codes, const WordRow* x, int64_t g, float* out) {
+  Ints dots[R][kQuads] = {};
+  for (int64_t first = 0; first < group.lines; first += kLinesPerSum) {
+    const int64_t end = smaller(first + kLinesPerSum, group.lines);
+    Words sums[R][kQuads] = {};
+    for (int64_t line = first; line < end; ++line) {
+      multiply_field<R, 0>(codes, x, line, sums);
+      multiply_field<R, 1>(codes, x, line, sums);
+      if constexpr (kBits == 8) {  // two products of at most 128 * 127 fill a lane
+        widen_sums<R>(sums, dots);
+      }
+      multiply_field<R, 2>(codes, x, line, sums);
+      multiply_field<R, 3>(codes, x, line, sums);
+      if constexpr (kBits == 8) {
+        widen_sums<R>(sums, dots);
+      }
     }
-    for (int64_t g = 0; g < w.groups; ++g) {
-      unpacked.unpack(w, first_tile + t * tile_step, g);
-      for (int64_t r = 0; r < num_rows; ++r) {
-        multiply(unpacked, g, row_ids[r], column + r * kPanelColumns);
+    if constexpr (kBits == 4) {
+      widen_sums<R>(sums, dots);
+    }
+  }
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t q = 0; q < kQuads; ++q) {
+      // Both integers are below 2^24: their difference is exact in fp32.
+      Floats dot = __builtin_convertvector(dots[r][q], Floats);
+      dot = kBits == 4 ? dot - group.zeros[q] * x[r].sum : dot;
+      add_quad(out + r * kPanelColumns + 4 * q, g, dot, group.scales[q] * x[r].scale);
+    }
+  }
+}
+
+// out += one group of R rows kept in fp32 times one tile; `values` are the rows' of the group.
+template <int kBits, int R, typename Codes>
+void full_group(const Group<kBits>& group, const Codes& codes, const float* const* values, int64_t g, float* out) {
+  Floats dots[R][kQuads] = {};
+  for (int64_t line = 0; line < group.lines; ++line) {
+#pragma GCC unroll 8
+    for (int64_t f = 0; f < kLineRows; ++f) {
+      Floats value[R];
+      for (int64_t r = 0; r < R; ++r) {
+        value[r] = all(values[r][line * kLineRows + f]);
+      }
+      for (int64_t q = 0; q < kQuads; ++q) {
+        const Floats code = codes(line, f, q);
+        for (int64_t r = 0; r < R; ++r) {
+          dots[r][q] = multiply_add(code, value[r], dots[r][q]);
+        }
+      }
+    }
+  }
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t q = 0; q < kQuads; ++q) {
+      add_quad(out + r * kPanelColumns + 4 * q, g, dots[r][q], group.scales[q]);
+    }
+  }
+}
+
+template <int R>
+struct Count {
+  static constexpr int value = R;
+};
+
+// Calls start_group(g), then multiply(group, codes, g, t, r, Count<R>) for every tile and block of R rows.
+template <typename Form, int kBits, typename Start, typename Multiply>
+inline void for_each_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles, int64_t num_rows,
+                    const Start& start_group, const Multiply& multiply) {
+  Unpacked<Form> unpacked;
+  const auto for_rows = [&](const Group<kBits>& group, const auto& codes, int64_t g, int64_t t) {
+    int64_t r = 0;
+    for (; r + kRows <= num_rows; r += kRows) {
+      multiply(group, codes, g, t, r, Count<kRows>{});
+    }
+    if (r < num_rows) {
+      multiply(group, codes, g, t, r, Count<1>{});
+    }
+  };
+  for (int64_t g = 0; g < w.groups; ++g) {
+    start_group(g);
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const Group<kBits> group(w, first_tile + t * tile_step, g);
+      if (num_rows <= kDirectRows) {
+        for_rows(group, Packed<Form, Group<kBits>>{group}, g, t);
+      } else {
+        unpacked.fill(group);
+        for_rows(group, unpacked, g, t);
       }
     }
   }
 }
 
-template <int Bits>
+template <int kBits>
 void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
              const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
-  for_each_group<Bits, int16_t>(
-      w, first_tile, tile_step, num_tiles, row_ids, num_rows, out,
-      [&](const UnpackedGroup<Bits, int16_t>& unpacked, int64_t group, int64_t row, float* o) {
-        const int8_t* codes = rows.codes + row * rows.packed_rows + group * w.group_lines * kLineRows;
-        int8_group(unpacked, codes, rows.scales[row * rows.groups + group], o);
+  WordRow x[kRowBlock];
+  const auto start_group = [&](int64_t g) {
+    const int64_t first = g * w.group_lines, lines = smaller(w.lines - first, w.group_lines);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t row = row_ids[r], at = row * rows.groups + g;
+      x[r].fill(rows.codes + row * rows.packed_rows + first * kLineRows, lines);
+      x[r].scale = rows.scales[at];
+      x[r].sum = static_cast<float>(rows.sums[at]);
+    }
+  };
+  for_each_block<WordCodes<kBits>, kBits>(
+      w, first_tile, tile_step, num_tiles, num_rows, start_group,
+      [&](const auto& group, const auto& codes, int64_t g, int64_t t, int64_t r, auto count) {
+        float* to = out + r * kPanelColumns + t * tile_step * kTileColumns;
+        int8_group<kBits, count.value>(group, codes, x + r, g, to);
       });
 }
 
-template <int Bits>
+template <int kBits>
 void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
              const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
-  for_each_group<Bits, float>(w, first_tile, tile_step, num_tiles, row_ids, num_rows, out,
-                              [&](const UnpackedGroup<Bits, float>& unpacked, int64_t group, int64_t row, float* o) {
-                                const float* values =
-                                    rows.values + row * rows.packed_rows + group * w.group_lines * kLineRows;
-                                full_group(unpacked, values, o);
-                              });
+  const float* x[kRowBlock];
+  const auto start_group = [&](int64_t g) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      x[r] = rows.values + row_ids[r] * rows.packed_rows + g * w.group_lines * kLineRows;
+    }
+  };
+  for_each_block<FloatCodes<kBits>, kBits>(
+      w, first_tile, tile_step, num_tiles, num_rows, start_group,
+      [&](const auto& group, const auto& codes, int64_t g, int64_t t, int64_t r, auto count) {
+        float* to = out + r * kPanelColumns + t * tile_step * kTileColumns;
+        full_group<kBits, count.value>(group, codes, x + r, g, to);
+      });
 }
 
 }  // namespace

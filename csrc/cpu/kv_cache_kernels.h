@@ -18,8 +18,10 @@ inline void store_codes(int8_t* to, Vec integers, int64_t count) {
                    _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
   __builtin_memcpy(to, codes, static_cast<size_t>(count));
 #else
+  float lanes[kLanes];
+  store(lanes, integers);
   for (int64_t i = 0; i < count; ++i) {
-    to[i] = static_cast<int8_t>(integers.v[i]);
+    to[i] = static_cast<int8_t>(lanes[i]);
   }
 #endif
 }

@@ -142,20 +142,13 @@ inline float reduce_max(Vec a) {
 }
 #else
 inline float reduce_add(Vec a) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) {
-      a.v[i] += a.v[i + width];
-    }
-  }
-  return a.v[0];
+  const Floats four = add_parts(a);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 inline float reduce_max(Vec a) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) {
-      a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
-    }
-  }
-  return a.v[0];
+  const Floats four = max_parts(a);
+  const Floats two = larger(four, shuffle<2, 3, 0, 1>(four, four));
+  return two[0] > two[1] ? two[0] : two[1];
 }
 #endif
 

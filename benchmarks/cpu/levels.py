@@ -1,0 +1,125 @@
+"""Every op with a CPU kernel at each instruction level, beside its reference in plain torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ferrum_ops
+from benchmarks import cpu_ops
+from benchmarks.cpu import report
+from ferrum_ops.testing.timing import Case, check_case, compare, torch_op
+
+TOKENS = (1, 8, 64)
+
+#: How many times as fast as the reference every level has to be.
+GOAL = 3.0
+
+LEVELS = ("generic", "avx2", "avx512")
+
+#: Of a case that takes longer in all, the reference included, a few samples say enough.
+SLOW_SECONDS, REPEATS, SLOW_REPEATS = 0.05, 15, 3
+
+
+def available(levels: Iterable[str] = LEVELS) -> list[str]:
+    """Those that this processor has."""
+    found = []
+    for level in levels:
+        try:
+            with ferrum_ops.use_cpu_isa(level):
+                found.append(level)
+        except ValueError:
+            pass
+    return found
+
+
+def at_level(level: str, call: Callable[[], Any]) -> Any:
+    with ferrum_ops.use_cpu_isa(level):
+        return call()
+
+
+def measure(case: Case, levels: list[str]) -> dict[str, Any]:
+    """Check the op at every level, then time it in turns with its reference."""
+    for level in levels:
+        at_level(level, partial(check_case, case))
+    op, reference = torch_op(case.op), ferrum_ops.OPS[case.op].ref
+    calls = {level: partial(at_level, level, partial(op, *case.arguments)) for level in levels}
+    calls["reference"] = partial(reference, *case.arguments)
+    first = compare(calls, repeats=1, warmup=1)
+    slow = sum(timing.median for timing in first.values()) > SLOW_SECONDS
+    timings = compare(calls, repeats=SLOW_REPEATS if slow else REPEATS, warmup=0)
+    return {
+        "op": case.op,
+        "sizes": case.label,
+        "reference_us": timings["reference"].median * 1e6,
+        **{f"{level}_us": timings[level].median * 1e6 for level in levels},
+        "threads": torch.get_num_threads(),
+        "commit": report.commit(),
+    }
+
+
+def times(row: dict[str, Any], level: str) -> float | None:
+    """How many times as fast as the reference."""
+    own = row.get(f"{level}_us")
+    return row["reference_us"] / own if own else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        ratios = [times(row, level) for level in LEVELS]
+        shown = ["" if r is None else f"{r:.1f}" if r >= 1.95 else f"{r:.2f}" for r in ratios]
+        lines.append([row["op"], row["sizes"], f"{row['reference_us']:.0f}", *shown])
+    return report.markdown(["op", "sizes", "reference us", *(f"{level} x" for level in LEVELS)], lines)
+
+
+def verdict(rows: list[dict[str, Any]], level: str) -> str:
+    """How many lines reach the goal at a level, and which do not."""
+    found = [(row, ratio) for row in rows if (ratio := times(row, level)) is not None]
+    missed = [f"{row['op']} {row['sizes']} ({ratio:.2f})" for row, ratio in found if ratio < GOAL]
+    return f"{level}: {len(found) - len(missed)} of {len(found)} lines reach {GOAL:g}x. Others: " + (
+        "; ".join(missed) or "none"
+    )
+
+
+def page(result: dict[str, Any]) -> str:
+    machine, rows = result["machine"], result["rows"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    head = [
+        "# Instruction levels beside the reference",
+        "",
+        f"{machine['processor']}, {rows[0]['threads']} threads, torch {machine['torch']}, commit {commits}.",
+        f"Command: `{result['command']} --save`",
+        "",
+        'Columns "x": the time of the op\'s reference in plain torch over that of its kernel at the level. The reference'
+        " multiplies with",
+        "the instructions of its own libraries (MKL, oneDNN), the best that the processor has.",
+        "",
+    ]
+    return "\n".join([*head, *(f"- {verdict(rows, level)}" for level in LEVELS), "", table(rows), ""])
+
+
+def cases(families: list[str] | None, tokens: Iterable[int]) -> Iterable[Case]:
+    """Of ops that have a kernel."""
+    backends = ferrum_ops.backends()
+    for name, of_family in cpu_ops.sections(tuple(tokens)).items():
+        if families is None or name in families:
+            yield from (case for case in of_family if backends[case.op]["cpu"] == "kernel")
+
+
+def main(arguments: argparse.Namespace, folder: Path = report.RESULTS) -> None:
+    levels = available()
+    rows: list[dict[str, Any]] = []
+    for case in cases(arguments.families, arguments.tokens or TOKENS):
+        rows.append(measure(case, levels))
+        print(table(rows).splitlines()[-1], flush=True)
+    print("", table(rows), *(verdict(rows, level) for level in levels), sep="\n")
+    if arguments.save:
+        path = report.save("levels", ("op", "sizes"), rows, folder)
+        path.with_name("cpu_levels.md").write_text(page(report.load("levels", folder)))
+        print(path)
