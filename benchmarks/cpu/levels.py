@@ -13,6 +13,7 @@ import torch
 import ferrum_ops
 from benchmarks import cpu_ops
 from benchmarks.cpu import report
+from benchmarks.cpu.rounds import seconds_of
 from ferrum_ops.testing.timing import Case, check_case, compare, torch_op
 
 TOKENS = (1, 8, 64)
@@ -22,8 +23,11 @@ GOAL = 3.0
 
 LEVELS = ("generic", "avx2", "avx512")
 
-#: Of a case that takes longer in all, the reference included, a few samples say enough.
-SLOW_SECONDS, REPEATS, SLOW_REPEATS = 0.05, 15, 3
+#: Cases that move more are left out: they would be timed at the memory's speed.
+MAX_BYTES = 32 << 20
+
+#: Seconds of one call at every level and of the reference, and how many samples they are worth.
+SAMPLES = ((0.05, 15), (0.5, 5), (float("inf"), 1))
 
 
 def available(levels: Iterable[str] = LEVELS) -> list[str]:
@@ -44,15 +48,14 @@ def at_level(level: str, call: Callable[[], Any]) -> Any:
 
 
 def measure(case: Case, levels: list[str]) -> dict[str, Any]:
-    """Check the op at every level, then time it in turns with its reference."""
-    for level in levels:
-        at_level(level, partial(check_case, case))
+    """Check the op at the first level, then time every level in turns with the reference."""
+    at_level(levels[0], partial(check_case, case))
     op, reference = torch_op(case.op), ferrum_ops.OPS[case.op].ref
     calls = {level: partial(at_level, level, partial(op, *case.arguments)) for level in levels}
     calls["reference"] = partial(reference, *case.arguments)
-    first = compare(calls, repeats=1, warmup=1)
-    slow = sum(timing.median for timing in first.values()) > SLOW_SECONDS
-    timings = compare(calls, repeats=SLOW_REPEATS if slow else REPEATS, warmup=0)
+    seconds = sum(seconds_of(call) for call in calls.values())
+    repeats = next(count for limit, count in SAMPLES if seconds < limit)
+    timings = compare(calls, repeats=repeats, warmup=0 if repeats == 1 else 1)
     return {
         "op": case.op,
         "sizes": case.label,
@@ -96,20 +99,21 @@ def page(result: dict[str, Any]) -> str:
         f"{machine['processor']}, {rows[0]['threads']} threads, torch {machine['torch']}, commit {commits}.",
         f"Command: `{result['command']} --save`",
         "",
-        'Columns "x": the time of the op\'s reference in plain torch over that of its kernel at the level. The reference'
-        " multiplies with",
-        "the instructions of its own libraries (MKL, oneDNN), the best that the processor has.",
+        'Columns "x": the time of the op\'s reference in plain torch over that of its kernel at the level. At every',
+        "level the reference multiplies with the best instructions that the processor has (MKL, oneDNN).",
         "",
     ]
     return "\n".join([*head, *(f"- {verdict(rows, level)}" for level in LEVELS), "", table(rows), ""])
 
 
 def cases(families: list[str] | None, tokens: Iterable[int]) -> Iterable[Case]:
-    """Of ops that have a kernel."""
+    """Those of ops that have a kernel, if they fit a last-level cache."""
     backends = ferrum_ops.backends()
     for name, of_family in cpu_ops.sections(tuple(tokens)).items():
         if families is None or name in families:
-            yield from (case for case in of_family if backends[case.op]["cpu"] == "kernel")
+            for case in of_family:
+                if backends[case.op]["cpu"] == "kernel" and case.num_bytes <= MAX_BYTES:
+                    yield case
 
 
 def main(arguments: argparse.Namespace, folder: Path = report.RESULTS) -> None:

@@ -1,8 +1,7 @@
 // int4 kernels in portable C++, on the vectors of simd_generic.h.
 #define FERRUM_LEVEL_GENERIC
-#include "cpu/simd.h"
-
 #include "common/int4.h"
+#include "cpu/simd.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -16,9 +15,8 @@ void halves_to_floats(const uint16_t* in, int64_t count, float* out) {
 
 void floats_to_halves(const float* in, int64_t count, uint16_t* out) {
   auto* halves = reinterpret_cast<Half*>(out);
-  generic::for_vectors(count, [&](int64_t i, int64_t some) {
-    generic::store_some(halves + i, generic::load_some(in + i, some), some);
-  });
+  generic::for_vectors(
+      count, [&](int64_t i, int64_t some) { generic::store_some(halves + i, generic::load_some(in + i, some), some); });
 }
 
 }  // namespace
@@ -45,11 +43,8 @@ using Words = int16_t __attribute__((vector_size(16)));
 
 constexpr int64_t kQuads = kTileColumns / 4;  // of columns, one vector of 32-bit lanes each
 constexpr int64_t kMaxLines = kMaxGroupSize / kLineRows;
-// Rows whose sums stay in 16 registers. Weights are unpacked again for each so many rows, in registers, if there are no
-// more than kDirectRows; else once, into a tile of `Codes` in the first-level cache.
-constexpr int64_t kRows = 2, kDirectRows = 4;
-// Lines whose products with int4 codes fit an int16 lane: 4 lines * four products of at most 15 * 127 = 30480.
-constexpr int64_t kLinesPerSum = 4;
+// Lines whose products with int4 codes fit an int16 lane: 8 lines * four products of at most 8 * 127 = 32512.
+constexpr int64_t kLinesPerSum = 8;
 
 // One group of one tile.
 template <int kBits>
@@ -77,7 +72,7 @@ struct Group {
 };
 
 // What int8 activations are multiplied by: field f of a line holds two rows of each column, f and f + 2 of rows 0 to 3
-// (f = 0, 1), f + 2 and f + 4 of rows 4 to 7 (f = 2, 3). The codes of int8 weights are less 128.
+// (f = 0, 1), f + 2 and f + 4 of rows 4 to 7 (f = 2, 3). Codes are made signed, less 8 or 128.
 template <int kBits>
 struct WordCodes {
   using Codes = Words;
@@ -85,10 +80,9 @@ struct WordCodes {
 
   static Words unpack(const Group<kBits>& group, int64_t line, int64_t f, int64_t quad) {
     const uint8_t* from = group.codes + line * group.kLineBytes + 16 * quad + (kBits == 8 ? 64 * (f / 2) : 0);
-    const int shift = static_cast<int>(8 * (f % 2) + (kBits == 4 ? 4 * (f / 2) : 0));
-    using UnsignedWords = uint16_t __attribute__((vector_size(16)));
-    const UnsignedWords codes = load_vector<UnsignedWords>(from) >> shift & static_cast<uint16_t>((1 << kBits) - 1);
-    return kBits == 4 ? reinterpret_cast<Words>(codes) : reinterpret_cast<Words>(codes) - 128;
+    const int first_bit = static_cast<int>(8 * (f % 2) + (kBits == 4 ? 4 * (f / 2) : 0));
+    const Words with_signs = load_vector<Words>(from) ^ static_cast<int16_t>(kBits == 4 ? 0x8888 : 0x8080);
+    return with_signs << (16 - kBits - first_bit) >> (16 - kBits);
   }
 };
 
@@ -106,30 +100,22 @@ struct FloatCodes {
   }
 };
 
-// Where a product takes a group's codes from: the packed weights, or a tile of them that it unpacked before.
-template <typename Form, typename Group>
-struct Packed {
-  const Group& group;
-  typename Form::Codes operator()(int64_t line, int64_t f, int64_t quad) const {
-    return Form::unpack(group, line, f, quad);
-  }
-};
-
+// The codes of a group, unpacked once for all rows: the tile stays in the first-level cache.
 template <typename Form>
-struct Unpacked {
-  alignas(64) typename Form::Codes codes[kMaxLines][Form::kFields][kQuads];
+struct Tile {
+  alignas(64) typename Form::Codes codes[kMaxLines * Form::kFields][kQuads];
 
   template <typename Group>
   void fill(const Group& group) {
     for (int64_t line = 0; line < group.lines; ++line) {
+#pragma GCC unroll 8
       for (int64_t f = 0; f < Form::kFields; ++f) {
         for (int64_t q = 0; q < kQuads; ++q) {
-          codes[line][f][q] = Form::unpack(group, line, f, q);
+          codes[line * Form::kFields + f][q] = Form::unpack(group, line, f, q);
         }
       }
     }
   }
-  typename Form::Codes operator()(int64_t line, int64_t f, int64_t quad) const { return codes[line][f][quad]; }
 };
 
 // A row of a panel: adds one quad of a group's products, times their scales.
@@ -152,89 +138,73 @@ struct WordRow {
       lines[i + 1] = reinterpret_cast<Words>(shuffle<2, 6, 3, 7>(even, odd));
     }
   }
-  // Field f of a line for all columns.
-  template <int F>
-  Words field(int64_t line) const {
-    const Ints fields = reinterpret_cast<Ints>(lines[line]);
-    return reinterpret_cast<Words>(shuffle<F, F, F, F>(fields, fields));
-  }
 };
 
 // Adds both words of each lane to the 32-bit sums, and begins anew.
-template <int R>
-inline void widen_sums(Words (*sums)[kQuads], Ints (*dots)[kQuads]) {
-  for (int64_t r = 0; r < R; ++r) {
-    for (int64_t q = 0; q < kQuads; ++q) {
-      const Ints pairs = reinterpret_cast<Ints>(sums[r][q]);
-      dots[r][q] += (pairs << 16 >> 16) + (pairs >> 16);
-      sums[r][q] = Words{};
-    }
-  }
-}
-
-template <int R, int F, typename Codes>
-inline void multiply_field(const Codes& codes, const WordRow* x, int64_t line, Words (*sums)[kQuads]) {
-  Words field[R];
-  for (int64_t r = 0; r < R; ++r) {
-    field[r] = x[r].template field<F>(line);
-  }
+inline void widen_sums(Words* sums, Ints* dots) {
   for (int64_t q = 0; q < kQuads; ++q) {
-    const Words code = codes(line, F, q);
-    for (int64_t r = 0; r < R; ++r) {
-      sums[r][q] += code * field[r];
-    }
+    const Ints pairs = reinterpret_cast<Ints>(sums[q]);
+    dots[q] += (pairs << 16 >> 16) + (pairs >> 16);
+    sums[q] = Words{};
   }
 }
 
-// out += one group of R rows times one tile.
-template <int kBits, int R, typename Codes>
-void int8_group(const Group<kBits>& group, const Codes& codes, const WordRow* x, int64_t g, float* out) {
-  Ints dots[R][kQuads] = {};
+template <int F>
+inline void multiply_field(const Words (*line_codes)[kQuads], Words fields, Words* sums) {
+  const Ints lanes = reinterpret_cast<Ints>(fields);
+  const Words field = reinterpret_cast<Words>(shuffle<F, F, F, F>(lanes, lanes));
+  for (int64_t q = 0; q < kQuads; ++q) {
+    sums[q] += line_codes[F][q] * field;
+  }
+}
+
+// out += one group of a row times one tile. A product reads its codes from the tile: with more rows at a time they
+// would be copied between registers instead.
+template <int kBits>
+void int8_group(const Group<kBits>& group, const Tile<WordCodes<kBits>>& tile, const WordRow& x, int64_t g,
+                float* out) {
+  Ints dots[kQuads] = {};
   for (int64_t first = 0; first < group.lines; first += kLinesPerSum) {
     const int64_t end = smaller(first + kLinesPerSum, group.lines);
-    Words sums[R][kQuads] = {};
+    Words sums[kQuads] = {};
     for (int64_t line = first; line < end; ++line) {
-      multiply_field<R, 0>(codes, x, line, sums);
-      multiply_field<R, 1>(codes, x, line, sums);
+      const Words(*codes)[kQuads] = tile.codes + line * WordCodes<kBits>::kFields;
+      multiply_field<0>(codes, x.lines[line], sums);
+      multiply_field<1>(codes, x.lines[line], sums);
       if constexpr (kBits == 8) {  // two products of at most 128 * 127 fill a lane
-        widen_sums<R>(sums, dots);
+        widen_sums(sums, dots);
       }
-      multiply_field<R, 2>(codes, x, line, sums);
-      multiply_field<R, 3>(codes, x, line, sums);
+      multiply_field<2>(codes, x.lines[line], sums);
+      multiply_field<3>(codes, x.lines[line], sums);
       if constexpr (kBits == 8) {
-        widen_sums<R>(sums, dots);
+        widen_sums(sums, dots);
       }
     }
     if constexpr (kBits == 4) {
-      widen_sums<R>(sums, dots);
+      widen_sums(sums, dots);
     }
   }
-  for (int64_t r = 0; r < R; ++r) {
-    for (int64_t q = 0; q < kQuads; ++q) {
-      // Both integers are below 2^24: their difference is exact in fp32.
-      Floats dot = __builtin_convertvector(dots[r][q], Floats);
-      dot = kBits == 4 ? dot - group.zeros[q] * x[r].sum : dot;
-      add_quad(out + r * kPanelColumns + 4 * q, g, dot, group.scales[q] * x[r].scale);
-    }
+  for (int64_t q = 0; q < kQuads; ++q) {
+    // Both integers are below 2^24: their difference is exact in fp32.
+    Floats dot = __builtin_convertvector(dots[q], Floats);
+    dot = kBits == 4 ? dot - (group.zeros[q] - 8.0f) * x.sum : dot;
+    add_quad(out + 4 * q, g, dot, group.scales[q] * x.scale);
   }
 }
 
 // out += one group of R rows kept in fp32 times one tile; `values` are the rows' of the group.
-template <int kBits, int R, typename Codes>
-void full_group(const Group<kBits>& group, const Codes& codes, const float* const* values, int64_t g, float* out) {
+template <int kBits, int R>
+void full_group(const Group<kBits>& group, const Tile<FloatCodes<kBits>>& tile, const float* const* values, int64_t g,
+                float* out) {
   Floats dots[R][kQuads] = {};
-  for (int64_t line = 0; line < group.lines; ++line) {
-#pragma GCC unroll 8
-    for (int64_t f = 0; f < kLineRows; ++f) {
-      Floats value[R];
+  const float* row[R];
+  for (int64_t r = 0; r < R; ++r) {
+    row[r] = values[r];
+  }
+  for (int64_t k = 0; k < group.lines * kLineRows; ++k) {
+    for (int64_t q = 0; q < kQuads; ++q) {
       for (int64_t r = 0; r < R; ++r) {
-        value[r] = all(values[r][line * kLineRows + f]);
-      }
-      for (int64_t q = 0; q < kQuads; ++q) {
-        const Floats code = codes(line, f, q);
-        for (int64_t r = 0; r < R; ++r) {
-          dots[r][q] = multiply_add(code, value[r], dots[r][q]);
-        }
+        dots[r][q] = multiply_add(tile.codes[k][q], all(row[r][k]), dots[r][q]);
       }
     }
   }
@@ -245,35 +215,17 @@ void full_group(const Group<kBits>& group, const Codes& codes, const float* cons
   }
 }
 
-template <int R>
-struct Count {
-  static constexpr int value = R;
-};
-
-// Calls start_group(g), then multiply(group, codes, g, t, r, Count<R>) for every tile and block of R rows.
+// Calls start_group(g), then multiply(group, its tile, g, out of its tile) for every tile.
 template <typename Form, int kBits, typename Start, typename Multiply>
-inline void for_each_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles, int64_t num_rows,
-                    const Start& start_group, const Multiply& multiply) {
-  Unpacked<Form> unpacked;
-  const auto for_rows = [&](const Group<kBits>& group, const auto& codes, int64_t g, int64_t t) {
-    int64_t r = 0;
-    for (; r + kRows <= num_rows; r += kRows) {
-      multiply(group, codes, g, t, r, Count<kRows>{});
-    }
-    if (r < num_rows) {
-      multiply(group, codes, g, t, r, Count<1>{});
-    }
-  };
+inline void for_each_group(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
+                           const Start& start_group, float* out, const Multiply& multiply) {
+  Tile<Form> tile;
   for (int64_t g = 0; g < w.groups; ++g) {
     start_group(g);
     for (int64_t t = 0; t < num_tiles; ++t) {
       const Group<kBits> group(w, first_tile + t * tile_step, g);
-      if (num_rows <= kDirectRows) {
-        for_rows(group, Packed<Form, Group<kBits>>{group}, g, t);
-      } else {
-        unpacked.fill(group);
-        for_rows(group, unpacked, g, t);
-      }
+      tile.fill(group);
+      multiply(group, tile, g, out + t * tile_step * kTileColumns);
     }
   }
 }
@@ -291,12 +243,12 @@ void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int6
       x[r].sum = static_cast<float>(rows.sums[at]);
     }
   };
-  for_each_block<WordCodes<kBits>, kBits>(
-      w, first_tile, tile_step, num_tiles, num_rows, start_group,
-      [&](const auto& group, const auto& codes, int64_t g, int64_t t, int64_t r, auto count) {
-        float* to = out + r * kPanelColumns + t * tile_step * kTileColumns;
-        int8_group<kBits, count.value>(group, codes, x + r, g, to);
-      });
+  const auto multiply = [&](const auto& group, const auto& tile, int64_t g, float* to) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      int8_group<kBits>(group, tile, x[r], g, to + r * kPanelColumns);
+    }
+  };
+  for_each_group<WordCodes<kBits>, kBits>(w, first_tile, tile_step, num_tiles, start_group, out, multiply);
 }
 
 template <int kBits>
@@ -308,12 +260,16 @@ void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int6
       x[r] = rows.values + row_ids[r] * rows.packed_rows + g * w.group_lines * kLineRows;
     }
   };
-  for_each_block<FloatCodes<kBits>, kBits>(
-      w, first_tile, tile_step, num_tiles, num_rows, start_group,
-      [&](const auto& group, const auto& codes, int64_t g, int64_t t, int64_t r, auto count) {
-        float* to = out + r * kPanelColumns + t * tile_step * kTileColumns;
-        full_group<kBits, count.value>(group, codes, x + r, g, to);
-      });
+  const auto multiply = [&](const auto& group, const auto& tile, int64_t g, float* to) {
+    int64_t r = 0;
+    for (; r + 2 <= num_rows; r += 2) {  // their sums and factors fit 16 registers
+      full_group<kBits, 2>(group, tile, x + r, g, to + r * kPanelColumns);
+    }
+    if (r < num_rows) {
+      full_group<kBits, 1>(group, tile, x + r, g, to + r * kPanelColumns);
+    }
+  };
+  for_each_group<FloatCodes<kBits>, kBits>(w, first_tile, tile_step, num_tiles, start_group, out, multiply);
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
 """`benchmarks/cpu`: turns, rows held against limits, verdicts on goals, saved results. No times are asserted."""
 
+import argparse
 import json
 
 import pytest
 import torch
 
-from benchmarks.cpu import experts, report, rounds, scaling
+from benchmarks.cpu import experts, levels, report, rounds, scaling
 from benchmarks.cpu.limits import Limits
 from benchmarks.cpu.rounds import Spread, take_turns
 from benchmarks.peers.interface import MoeShape
@@ -90,3 +91,24 @@ def test_saving_replaces_rows_of_the_same_sizes(tmp_path):
     saved = json.loads(path.read_text())
     assert [(r["peer"], r["us"]) for r in saved["rows"]] == [("a", 1.0), ("b", 3.0)]
     assert saved["command"] == "python -m benchmarks.cpu experts"
+
+
+def test_levels_below_the_goal_are_named():
+    rows = [
+        {"op": "rms_norm", "sizes": "T=1", "reference_us": 30.0, "generic_us": 5.0, "avx2_us": 10.0},
+        {"op": "rms_norm", "sizes": "T=8", "reference_us": 30.0, "generic_us": 20.0, "avx2_us": 4.0},
+    ]
+    assert levels.verdict(rows, "generic") == "generic: 1 of 2 lines reach 3x. Others: rms_norm T=8 (1.50)"
+    assert levels.verdict(rows, "avx2") == "avx2: 2 of 2 lines reach 3x. Others: none"
+    assert "| rms_norm | T=8 | 30 | 1.50 | 7.5 |  |" in levels.table(rows)
+
+
+def test_levels_are_timed_beside_the_reference_and_saved(tmp_path, capsys):
+    arguments = argparse.Namespace(families=["moe_combine"], tokens=[1], save=True)
+    levels.main(arguments, tmp_path)
+    rows = report.load("levels", tmp_path)["rows"]
+    assert {row["op"] for row in rows} >= {"weighted_sum", "weighted_sum_residual_"}
+    assert all(row["reference_us"] > 0 and row["generic_us"] > 0 for row in rows)
+    written = (tmp_path / "cpu_levels.md").read_text()
+    assert levels.table(rows) in written and "- generic: " in written
+    assert "weighted_sum" in capsys.readouterr().out
