@@ -22,6 +22,12 @@ struct GgufWeights {
   int64_t bytes() const { return tiled ? rows / gguf::kTileRows * tile_bytes() : rows * row_bytes(); }
 };
 
+// How large a row's dot products can get, the most over its blocks.
+struct GgufPeaks {
+  int16_t of_16;  // the sum of the magnitudes of 16 codes
+  int16_t of_32;  // of 32 codes, the sum of the positive or of the negative ones, whichever is larger
+};
+
 // Prepared activations, in chunks of 256 with zeros behind the last one: int8 codes with a scale for each block of the
 // weights (256 or 32), or values kept in fp32. A code stands for code * scale; a block with a NaN or an infinity has
 // codes 0 and a scale that is NaN or infinite. Codes lie in [-127, 127].
@@ -30,6 +36,7 @@ struct GgufActivations {
   const float* scales;      // [rows, chunks] or [rows, 8 * chunks]
   const int16_t* sums;      // [rows, 16 * chunks]: of 16 codes each
   const int16_t* run_sums;  // [rows, 8 * chunks]: of 32 codes each
+  const GgufPeaks* peaks;   // [rows]
   const float* values;      // [rows, 256 * chunks] when the activations are kept
   int64_t chunks;
 };
@@ -60,6 +67,8 @@ constexpr int64_t kGgufRowBlock = 96;
 // Every level and every number of rows gives the same bits.
 FERRUM_DECLARE_LEVELS(
     void gguf_int8_columns(const GgufProduct& product); void gguf_full_columns(const GgufProduct& product);
+    // What a row of `width` codes (a multiple of 32) has besides them: sums of 16 and of 32, peaks.
+    GgufPeaks gguf_sums(const int8_t* codes, int64_t width, int16_t* sums, int16_t* run_sums);
     void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out);
     void gguf_dequantize_tile(const gguf::Traits& traits, const uint8_t* tile, int64_t elements,
                               float* out);  // [16, elements]

@@ -34,6 +34,7 @@ class GgufRows {
         scales_(layout.int8 ? rows * layout.scales() : 0),
         sums_(layout.int8 ? rows * layout.width() / 16 : 0),
         run_sums_(layout.int8 ? rows * layout.width() / 32 : 0),
+        peaks_(layout.int8 ? rows : 0),
         values_(layout.int8 ? 0 : rows * layout.width()) {}
 
   // Floats of scratch that `fill` wants: the row, and the sums that quantize_row also computes.
@@ -51,22 +52,12 @@ class GgufRows {
     int8_t* codes = codes_.get() + row * width;
     kernels.quantize_row(values, width, layout_.block, codes, scales_.get() + row * layout_.scales(),
                          reinterpret_cast<int32_t*>(staging + width));
-    int16_t* sums = sums_.get() + row * width / 16;
-    for (int64_t j = 0; j < width / 16; ++j) {
-      int sum = 0;
-      for (int64_t i = 0; i < 16; ++i) {
-        sum += codes[16 * j + i];
-      }
-      sums[j] = static_cast<int16_t>(sum);
-    }
-    int16_t* run_sums = run_sums_.get() + row * width / 32;
-    for (int64_t j = 0; j < width / 32; ++j) {
-      run_sums[j] = static_cast<int16_t>(sums[2 * j] + sums[2 * j + 1]);
-    }
+    peaks_.get()[row] =
+        FERRUM_FOR_LEVEL(gguf_sums)(codes, width, sums_.get() + row * width / 16, run_sums_.get() + row * width / 32);
   }
 
   GgufActivations view() const {
-    return {codes_.get(), scales_.get(), sums_.get(), run_sums_.get(), values_.get(), layout_.chunks()};
+    return {codes_.get(), scales_.get(), sums_.get(), run_sums_.get(), peaks_.get(), values_.get(), layout_.chunks()};
   }
 
  private:
@@ -74,6 +65,7 @@ class GgufRows {
   Scratch<int8_t> codes_;
   Scratch<float> scales_;
   Scratch<int16_t> sums_, run_sums_;
+  Scratch<GgufPeaks> peaks_;
   Scratch<float> values_;
 };
 

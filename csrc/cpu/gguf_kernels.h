@@ -237,6 +237,27 @@ namespace ferrum::cpu::FERRUM_LEVEL {
 
 void gguf_full_columns(const GgufProduct& product) { full_columns(product); }
 
+GgufPeaks gguf_sums(const int8_t* codes, int64_t width, int16_t* sums, int16_t* run_sums) {
+  int most_of_16 = 0, most_of_32 = 0;
+  for (int64_t j = 0; j < width / 32; ++j) {
+    int sum[2] = {}, magnitude[2] = {};
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 16; ++i) {
+        const int code = codes[32 * j + 16 * half + i];
+        sum[half] += code;
+        magnitude[half] += code < 0 ? -code : code;
+      }
+      sums[2 * j + half] = static_cast<int16_t>(sum[half]);
+      most_of_16 = magnitude[half] > most_of_16 ? magnitude[half] : most_of_16;
+    }
+    const int total = sum[0] + sum[1];
+    const int one_sign = (magnitude[0] + magnitude[1] + (total < 0 ? -total : total)) / 2;
+    run_sums[j] = static_cast<int16_t>(total);
+    most_of_32 = one_sign > most_of_32 ? one_sign : most_of_32;
+  }
+  return {static_cast<int16_t>(most_of_16), static_cast<int16_t>(most_of_32)};
+}
+
 #if defined(FERRUM_LEVEL_AVX512)
 
 void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out) {

@@ -178,42 +178,39 @@ void gate_up(const Block& block, const Routing& routing, const GgufRows& gate_ro
       });
 }
 
-// out[t] over the columns of a panel, from the down product's rows.
-void combine_panel(const Block& block, const Tokens& t, const float* weights, const Routing& routing,
-                   const float* products, int64_t first, char* out) {
-  const Int4Kernels& kernels = int4_kernels();
-  const int64_t columns = std::min(kGgufPanel, block.hidden_size - first);
-  for (int64_t token = 0; token < t.tokens; ++token) {
-    alignas(64) float sum[kGgufPanel] = {};
-    for (int64_t pair = token * t.top_k; pair < (token + 1) * t.top_k; ++pair) {
-      if (routing.row_of[pair] >= 0) {
-        kernels.add_scaled(products + routing.row_of[pair] * kGgufPanel, weights[pair], columns, sum);
-      }
-    }
-    kernels.from_float(sum, columns, block.type, out + (token * block.hidden_size + first) * float_bytes(block.type));
+// sums[token] += weight * panel row, for the rows [first, first + rows) of the routing.
+void add_rows(const Tokens& t, const float* weights, const Routing& routing, const float* panel, int64_t first,
+              int64_t rows, int64_t columns, float* sums) {
+  const auto add_scaled = int4_kernels().add_scaled;
+  for (int64_t r = 0; r < rows; ++r) {
+    add_scaled(panel + r * kGgufPanel, weights[routing.pair[first + r]], columns,
+               sums + routing.token[first + r] * kGgufPanel);
   }
 }
 
-// The down product and the weighted sum over the slots. One task is a panel for all experts: its products never leave
-// the core's cache, and no thread waits for another before the sum.
+// The down product and the weighted sum over a token's experts, in ascending order. One task is a run of panels for all
+// experts: the sums never leave the core's cache, and no thread waits for another before them.
 void down_and_combine(const Block& block, const Tokens& t, const float* weights, const Routing& routing,
                       const GgufRows& rows, char* out) {
   const GgufKernel kernel = gguf_kernel(block.int8);
-  const int64_t panels = block.down.panels(kGgufPanel);
-  // Long runs read each expert's panels as one stream; short ones keep the products in the cache and the cores busy.
+  const int64_t panels = block.down.panels(kGgufPanel), active = routing.num_active();
+  // Long runs read each expert's panels as one stream; short ones keep the sums in the cache and the cores busy.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
   const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
-  const int64_t panel_floats = routing.rows() * kGgufPanel;
-  const Scratch<float> products(threads * run * panel_floats);
-  for_each_task((panels + run - 1) / run, 1, routing.num_active() * block.down.bytes(), threads,
+  const int64_t panel_sums = t.tokens * kGgufPanel;
+  const Scratch<float> sums(threads * run * panel_sums);
+  const auto store = int4_kernels().from_float;
+  for_each_task((panels + run - 1) / run, 1, active * block.down.bytes(), threads,
                 [&](int64_t thread, int64_t task, int64_t next_task) {
-                  float* mine = products.get() + thread * run * panel_floats;
+                  alignas(64) float products[kGgufRowBlock * kGgufPanel];
+                  float* mine = sums.get() + thread * run * panel_sums;
                   const int64_t begin = task * run, end = std::min(begin + run, panels);
-                  for (int64_t a = 0; a < routing.num_active(); ++a) {
+                  std::fill_n(mine, (end - begin) * panel_sums, 0.0f);
+                  for (int64_t a = 0; a < active; ++a) {
                     const GgufWeights expert = block.down.expert(routing.active[a]);
-                    const int64_t next_expert = routing.active[a + 1 < routing.num_active() ? a + 1 : 0];
-                    const int64_t next_panel = a + 1 < routing.num_active() ? begin : next_task * run;
+                    const int64_t next_expert = routing.active[a + 1 < active ? a + 1 : 0];
+                    const int64_t next_panel = a + 1 < active ? begin : next_task * run;
                     // Behind the expert's part of the task.
                     const uint8_t* after =
                         next_panel < panels ? block.down.expert(next_expert).at(next_panel * kGgufPanel) : nullptr;
@@ -221,15 +218,20 @@ void down_and_combine(const Block& block, const Tokens& t, const float* weights,
                       const int64_t first = panel * kGgufPanel, columns = std::min(kGgufPanel, expert.rows - first);
                       const uint8_t* behind = panel + 1 < end ? expert.at(first + kGgufPanel) : after;
                       for_each_row_block(routing, a, [&](int64_t row, int64_t count, bool last) {
-                        float* to = mine + (panel - begin) * panel_floats + row * kGgufPanel;
                         kernel({expert, first, columns, rows.view(), routing.identity.data() + row, count, kGgufTile,
-                                last ? behind : expert.at(first), to});
+                                last ? behind : expert.at(first), products});
+                        add_rows(t, weights, routing, products, row, count, columns,
+                                 mine + (panel - begin) * panel_sums);
                       });
                     }
                   }
                   for (int64_t panel = begin; panel < end; ++panel) {
-                    combine_panel(block, t, weights, routing, mine + (panel - begin) * panel_floats, panel * kGgufPanel,
-                                  out);
+                    const int64_t first = panel * kGgufPanel, columns = std::min(kGgufPanel, block.hidden_size - first);
+                    const float* from = mine + (panel - begin) * panel_sums;
+                    for (int64_t token = 0; token < t.tokens; ++token) {
+                      store(from + token * kGgufPanel, columns, block.type,
+                            out + (token * block.hidden_size + first) * float_bytes(block.type));
+                    }
                   }
                 });
 }

@@ -88,8 +88,9 @@ inline __m512i factor_pairs(const uint8_t* chunk, int64_t j) {
   return kTiling<T>.mins ? pairs : _mm512_mullo_epi16(pairs, _mm512_set1_epi16(-kTraitsOf<T>.zero));
 }
 
-// Adds the terms of a chunk of 256 to out: `total` has the scaled dot products of R rows, at[r] is row r's chunk.
-template <Type T, int R>
+// Adds the terms of a chunk of 256 to out: `total` has the scaled dot products of R rows, at[r] is row r's chunk. The
+// zero point is still to be subtracted unless the dot products are `Centred`.
+template <Type T, int R, bool Centred>
 inline __attribute__((always_inline)) void finish_large(const GgufActivations& a, const uint8_t* chunk,
                                                         const int64_t* at, __m512i* total, float* out) {
   constexpr gguf::Tiling t = kTiling<T>;
@@ -100,7 +101,7 @@ inline __attribute__((always_inline)) void finish_large(const GgufActivations& a
   }
   __m512i* rest = t.mins ? mins : total;
 #pragma GCC unroll 8
-  for (int64_t j = 0; j < t.scales / 2; ++j) {
+  for (int64_t j = 0; j < (t.mins || !Centred ? t.scales / 2 : 0); ++j) {
     const __m512i factors = factor_pairs<T>(chunk, j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -121,10 +122,105 @@ inline __attribute__((always_inline)) void finish_large(const GgufActivations& a
   }
 }
 
-// Blocks of 256.
-template <Type T, int R>
-FERRUM_KEEP_ACCUMULATORS void large_tile(const TileRows& p) {
+// Whether dot products can fit 16 bits: less their zero point's part, which is known for runs of 16 codes only.
+template <Type T>
+constexpr bool kMayBeNarrow = kTiling<T>.mins || kTiling<T>.scales == 16;
+
+// Whether they do with rows of these peaks, so that two of them are scaled at once.
+template <Type T>
+inline bool is_narrow(GgufPeaks peaks) {
   constexpr gguf::Tiling t = kTiling<T>;
+  constexpr int reach = t.mins ? (1 << (t.low_bits + t.high_bits)) - 1 : kTraitsOf<T>.zero;
+  return reach * (t.scales == 16 ? peaks.of_16 : peaks.of_32) <= 32767;
+}
+
+// What the dot products of a chunk start with: zeros or, where there are no mins, the zero point's part.
+template <Type T, int R>
+struct Starts {
+  alignas(64) int32_t values[R][16];
+
+  void load(const GgufActivations& a, const int64_t* at) {
+    for (int r = 0; !kTiling<T>.mins && r < R; ++r) {
+      const __m512i sums = _mm512_cvtepi16_epi32(load32(a.sums + at[r] * 16));
+      constexpr int shift = __builtin_ctz(kTiling<T>.mins ? 1 : kTraitsOf<T>.zero);  // a power of two
+      _mm512_store_si512(values[r], _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sums), shift));
+    }
+  }
+  void set(int64_t j, __m512i* dot) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      dot[r] = kTiling<T>.mins ? _mm512_setzero_si512() : _mm512_set1_epi32(values[r][j]);
+    }
+  }
+};
+
+// total += dot products 2j and 2j + 1 times their scales, two int16 products in each lane.
+template <Type T, int R>
+inline __attribute__((always_inline)) void add_scaled_pair(const uint8_t* chunk, int64_t j, const __m512i* even,
+                                                           const __m512i* odd, __m512i* total) {
+  const uint8_t* at = chunk + kTiling<T>.scales_at() + j * 32;
+  const __m512i scales = _mm512_mask_blend_epi16(0xaaaaaaaau, widen<T>(at), _mm512_slli_epi32(widen<T>(at + 16), 16));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const __m512i pair = _mm512_mask_blend_epi16(0xaaaaaaaau, even[r], _mm512_slli_epi32(odd[r], 16));
+    total[r] = _mm512_dpwssd_epi32(total[r], pair, scales);
+  }
+}
+
+// total = the scaled dot products of a chunk, `at` elements into the rows x, that fit 16 bits.
+template <Type T, int R>
+inline __attribute__((always_inline)) void narrow_chunk(const uint8_t* chunk, const int8_t* const* x, int64_t at,
+                                                        const Starts<T, R>& starts, Ahead& ahead, __m512i* total) {
+  constexpr gguf::Tiling t = kTiling<T>;
+  __m512i even[R], odd[R];
+  const uint8_t* run = chunk;
+  if constexpr (t.scales == 16) {
+    for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), at += gguf::kSmallBlock) {
+      ahead.prefetch();
+      starts.set(2 * j, even);
+      add_half_run<T, R, 0>(run, x, at, even);
+      starts.set(2 * j + 1, odd);
+      add_half_run<T, R, 1>(run, x, at, odd);
+      add_scaled_pair<T, R>(chunk, j, even, odd, total);
+    }
+  } else {
+    for (int64_t j = 0; j < 4; ++j, run += 2 * t.run_bytes(), at += 2 * gguf::kSmallBlock) {
+      ahead.prefetch();
+      starts.set(2 * j, even);
+      add_half_run<T, R, 0>(run, x, at, even);
+      add_half_run<T, R, 1>(run, x, at, even);
+      ahead.prefetch();
+      starts.set(2 * j + 1, odd);
+      add_half_run<T, R, 0>(run + t.run_bytes(), x, at + gguf::kSmallBlock, odd);
+      add_half_run<T, R, 1>(run + t.run_bytes(), x, at + gguf::kSmallBlock, odd);
+      add_scaled_pair<T, R>(chunk, j, even, odd, total);
+    }
+  }
+}
+
+// The same for any dot products, which still have their zero point.
+template <Type T, int R>
+inline __attribute__((always_inline)) void wide_chunk(const uint8_t* chunk, const int8_t* const* x, int64_t at,
+                                                      Ahead& ahead, __m512i* total) {
+  constexpr gguf::Tiling t = kTiling<T>;
+  const uint8_t* run = chunk;
+  for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), at += gguf::kSmallBlock) {
+    ahead.prefetch();
+    __m512i dot[R][1];
+    clear<R, 1>(dot);
+    add_half_run<T, R, 0>(run, x, at, *dot);
+    if constexpr (t.scales == 16) {
+      add_scaled<T, R>(chunk, 2 * j, *dot, total);
+      clear<R, 1>(dot);
+    }
+    add_half_run<T, R, 1>(run, x, at, *dot);
+    add_scaled<T, R>(chunk, t.scales == 16 ? 2 * j + 1 : j, *dot, total);
+  }
+}
+
+// Blocks of 256.
+template <Type T, int R, bool Narrow>
+FERRUM_KEEP_ACCUMULATORS void large_tile(const TileRows& p) {
   const GgufActivations& a = p.activations;
   const int8_t* x[R];
 #pragma GCC unroll 8
@@ -133,30 +229,23 @@ FERRUM_KEEP_ACCUMULATORS void large_tile(const TileRows& p) {
   }
   clear_out<R>(p.out);
   Ahead ahead = p.ahead;
+  Starts<T, R> starts;
   const uint8_t* chunk = p.tile;
-  for (int64_t k = 0; k < a.chunks; ++k, chunk += t.chunk_bytes()) {
-    __m512i total[R][1];
-    clear<R, 1>(total);
-    const uint8_t* run = chunk;
-    int64_t at = k * gguf::kChunk;
-    for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), at += gguf::kSmallBlock) {
-      ahead.prefetch();
-      __m512i dot[R][1];
-      clear<R, 1>(dot);
-      add_half_run<T, R, 0>(run, x, at, *dot);
-      if constexpr (t.scales == 16) {
-        add_scaled<T, R>(chunk, 2 * j, *dot, *total);
-        clear<R, 1>(dot);
-      }
-      add_half_run<T, R, 1>(run, x, at, *dot);
-      add_scaled<T, R>(chunk, t.scales == 16 ? 2 * j + 1 : j, *dot, *total);
-    }
+  for (int64_t k = 0; k < a.chunks; ++k, chunk += kTiling<T>.chunk_bytes()) {
     int64_t rows_at[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       rows_at[r] = p.row_ids[r] * a.chunks + k;
     }
-    finish_large<T, R>(a, chunk, rows_at, *total, p.out);
+    __m512i total[R][1];
+    clear<R, 1>(total);
+    if constexpr (Narrow) {
+      starts.load(a, rows_at);
+      narrow_chunk<T, R>(chunk, x, k * gguf::kChunk, starts, ahead, *total);
+    } else {
+      wide_chunk<T, R>(chunk, x, k * gguf::kChunk, ahead, *total);
+    }
+    finish_large<T, R, Narrow>(a, chunk, rows_at, *total, p.out);
   }
 }
 
@@ -239,12 +328,28 @@ FERRUM_KEEP_ACCUMULATORS void small_tile(const TileRows& p) {
   }
 }
 
+// The largest of each peak of some rows.
+inline GgufPeaks peaks_of(const GgufActivations& a, const int32_t* row_ids, int rows) {
+  GgufPeaks most = a.peaks[row_ids[0]];
+  for (int r = 1; r < rows; ++r) {
+    const GgufPeaks mine = a.peaks[row_ids[r]];
+    most.of_16 = mine.of_16 > most.of_16 ? mine.of_16 : most.of_16;
+    most.of_32 = mine.of_32 > most.of_32 ? mine.of_32 : most.of_32;
+  }
+  return most;
+}
+
 template <Type T, int R>
 void multiply_tile(const TileRows& p) {
   if constexpr (kSmall<T>) {
-    small_tile<T, R>(p);
+    return small_tile<T, R>(p);
   } else {
-    large_tile<T, R>(p);
+    if constexpr (kMayBeNarrow<T>) {
+      if (is_narrow<T>(peaks_of(p.activations, p.row_ids, R))) {
+        return large_tile<T, R, true>(p);
+      }
+    }
+    return large_tile<T, R, false>(p);
   }
 }
 

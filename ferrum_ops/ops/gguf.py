@@ -102,8 +102,8 @@ def moe_experts_gguf(
     hidden float32, float16 or bfloat16 `[T, H]`; topk_ids int32 and topk_weights float32 `[T, slots]`, ids outside
     `[0, E)` are skipped; gate and up uint8 `[E, I, bytes of H weights]`, down uint8 `[E, H, bytes of I weights]`, all
     contiguous; types are ggml's numbers of the three. activation as in `gguf_linear`, applied to hidden and to the
-    product that goes into `down`. Slots are added in ascending order in fp32, so that the result does not depend on
-    the number of threads or on the other tokens.
+    product that goes into `down`. A token's experts are added in ascending order in fp32, so that the result does not
+    depend on the number of threads or on the other tokens.
 
     Returns `[T, H]` of hidden's dtype. Raises RuntimeError naming the argument for anything else. No gradients.
     """

@@ -228,6 +228,23 @@ def test_largest_products_do_not_overflow(isa, type, rows, sign):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("byte", [0, 255])
+@pytest.mark.parametrize("type", QUANTIZED_TYPES, ids=lambda t: t.name)
+def test_tiles_take_dot_products_on_either_side_of_16_bits(isa, type, byte):
+    """Equal codes times m activations of every magnitude: from some m on, 32 products (or 16) leave an int16."""
+    blocks = torch.full((16, formats.row_bytes(type, 512)), byte, dtype=torch.uint8)
+    halves = formats.random_blocks(type, 16, 512).view(-1, BLOCK_SIZES[type][1])
+    for field in [] if type == GGMLType.MXFP4 else formats._HALF_FIELDS[type]:
+        blocks.view(-1, BLOCK_SIZES[type][1])[:, field : field + 2] = halves[:, field : field + 2]
+    x = torch.zeros(127, 512)
+    x[:, :32] = torch.arange(1.0, 128.0)[:, None]
+    x[:, 256:288] = -x[:, :32]
+    x[:, 255::256] = 127.0  # codes are the values
+    expected = ferrum_ops.gguf_linear(x, [blocks], [type], None, "int8")
+    got = ferrum_ops.gguf_linear(x, [ferrum_ops.gguf_pack(blocks, type)], [type + TILED], None, "int8")
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("activation", ["int8", "full"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q8_0], ids=lambda t: t.name)
