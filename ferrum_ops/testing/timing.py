@@ -151,9 +151,9 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
     """Check and time the cases, print a table, return its rows.
 
     Columns: microseconds per call (quartiles in brackets), GB/s, fraction of the measured read bandwidth of memory
-    (above 1 where the operands stay in cache), and how many times longer plain torch and, with `compile_reference`,
-    inductor's code take, and what that was compiled from: see `_compiled`. A case whose check fails is not timed: the
-    failure is raised.
+    (see `_time_case`; above 1 where the operands stay in cache), and how many times longer plain torch and, with
+    `compile_reference`, inductor's code take, and what that was compiled from: see `_compiled`. A case whose check
+    fails is not timed: the failure is raised.
     """
     bandwidth = read_bandwidth()
     print(
@@ -180,11 +180,15 @@ def run_cases(cases: Iterable[Case], *, compile_reference: bool = False, repeats
 
 
 def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: int) -> dict[str, Any]:
+    """Where more arguments than a cache holds take turns, so does reading memory, as the bandwidth of a shared machine
+    changes by the second. Elsewhere that would evict the operands: the fraction is of the run's `bandwidth`."""
     op = torch_op(case.op)
     turns = itertools.cycle((case.arguments, *case.others))
     functions: dict[str, Callable[[], Any]] = {"op": lambda: op(*next(turns))}
     # All of them in a sample: one call alone would also bring the code back into the caches.
-    calls = {"op": 1 + len(case.others)} if case.others else None
+    calls = {"op": 1 + len(case.others), "read": 1} if case.others else None
+    if case.others:
+        functions["read"] = torch.zeros(EVICTION_BYTES // 4).sum
     if case.eager is not None:
         functions["eager"] = case.eager
     compiled_from = {}
@@ -193,6 +197,8 @@ def _time_case(case: Case, bandwidth: float, compile_reference: bool, repeats: i
             functions["compiled"], compiled_from = found[0], {"compiled_from": found[1]}
         timings = compare(functions, repeats=repeats, calls=calls)
     own = timings["op"]
+    if "read" in timings:
+        bandwidth = EVICTION_BYTES / timings.pop("read").median
     row: dict[str, Any] = {
         "op": case.op,
         "sizes": case.label,

@@ -31,6 +31,19 @@ def test_verdict_names_slower_kernels_and_those_not_compared():
     ]
 
 
+@pytest.mark.parametrize(("others", "fraction"), [((), 0.25), (((torch.ones(4),),), 0.5)])
+def test_calls_beyond_the_caches_are_held_against_reads_in_turns(monkeypatch, others, fraction):
+    def compare(functions, *, repeats, calls):
+        assert calls == ({"op": 2, "read": 1} if others else None)
+        seconds = {"op": 1e-3, "read": timing.EVICTION_BYTES / 2e9}
+        return {name: timing.timing_of([seconds[name]]) for name in functions}
+
+    monkeypatch.setattr(timing, "compare", compare)
+    case = timing.Case("gelu", "", (torch.ones(4),), num_bytes=1_000_000, others=others)
+    row = timing._time_case(case, 4e9, False, 1)
+    assert row["of_read_bandwidth"] == pytest.approx(fraction)
+
+
 @pytest.mark.slow
 def test_every_kernel_is_in_a_section():
     timed = {case.op.partition(".")[0] for cases in cpu_ops.sections((1,)).values() for case in cases}
