@@ -8,8 +8,9 @@ namespace ferrum::cpu {
 // Rows of queries that one work item holds, and keys of one step of its online softmax.
 constexpr int64_t kRowTile = 128;
 constexpr int64_t kKeyTile = 128;
-// Keys of a step where a sequence has a single query token.
-constexpr int64_t kDecodeTile = 64;
+// Keys of a step where a sequence has a single query token. Measured: with 64, what is fetched ahead of several heads
+// comes too early.
+constexpr int64_t kDecodeTile = 32;
 // A sequence whose queries fit one row tile is cut every this many keys, so that a long one occupies all cores. The
 // cuts lie at multiples of it whatever the number of threads: the result does not depend on that.
 constexpr int64_t kKeySplit = 512;

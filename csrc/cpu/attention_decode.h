@@ -1,9 +1,9 @@
 // Attention of single tokens. A key meets only the query heads of its group, too few rows to pay for packing tiles as
 // attention_kernels.h does: both products read the caches where they lie.
 //
-// Rows (query heads) go in groups of eight, and lane 2r + j of a vector belongs to row r. In the product with the keys
-// j counts two neighbouring floats of an operand: a key's row is broadcast 8 bytes at a time and meets all rows. In the
-// scores j counts the two keys of a pair.
+// Rows (query heads) go in groups of eight. In the product with the keys, a key's row is broadcast four floats of an
+// operand at a time and meets two vectors: the even rows and the odd ones, lane 4i + j for float j of row 2i or 2i + 1.
+// In the scores, lane 2r + j belongs to row r and key j of a pair.
 #pragma once
 
 #include "cpu/attention_rows.h"
@@ -14,23 +14,25 @@ namespace {
 constexpr int64_t kGroupRows = kLanes / 2;
 constexpr float kLargest = 3.40282347e38f;  // of all that are finite
 #if defined(FERRUM_LEVEL_AVX512)
-constexpr int kScoreKeys = 8;  // keys at a time: their sums, a line of the query and a broadcast fit the registers
-#elif defined(FERRUM_LEVEL_AVX2)
-constexpr int kScoreKeys = 4;
+constexpr int kScoreKeys = 8;  // keys at a time: their sums, a step of the query and a broadcast fit the registers
 #else
 constexpr int kScoreKeys = 2;
 #endif
 static_assert(kDecodeTile % kScoreKeys == 0 && kScoreKeys % 2 == 0, "a tile is whole steps of pairs of keys");
 
-// broadcast_pair(from): the two floats at any address, in even and odd lanes.
+// broadcast_pair(from), broadcast_four(from): the floats at any address, in every two or four lanes.
 // broadcast_one(from): a float, or what its bits stand for.
-// add_pairs(a, b): a[2i] + a[2i + 1] in lane 2i, b[2i] + b[2i + 1] in lane 2i + 1.
+// add_pairs(a, b): of every four lanes, a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3].
 // swap_pairs(a): lanes 2i and 2i + 1 exchanged.
+// exp_to_one(x): e^x where x is not above 0. Weights of keys, most of them far below 1, need fewer steps than exp.
 #if defined(FERRUM_LEVEL_AVX512)
-inline Vec broadcast_pair(const char* from) {
+inline Vec broadcast_pair(const float* from) {
   int64_t pair;  // Zen 4 loads a broadcast of integers faster than one of floats
   __builtin_memcpy(&pair, from, sizeof(pair));
   return {_mm512_castsi512_ps(_mm512_set1_epi64(pair))};
+}
+inline Vec broadcast_four(const char* from) {
+  return {_mm512_castsi512_ps(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
 }
 inline Vec broadcast_one(const float* from) {
   int32_t one;
@@ -38,41 +40,57 @@ inline Vec broadcast_one(const float* from) {
   return {_mm512_castsi512_ps(_mm512_set1_epi32(one))};
 }
 inline Vec add_pairs(Vec a, Vec b) {
-  return {_mm512_add_ps(_mm512_mask_moveldup_ps(a.v, 0xaaaa, b.v), _mm512_mask_movehdup_ps(b.v, 0x5555, a.v))};
+  return {_mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xdd))};
 }
 inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+inline Vec exp_to_one(Vec x) {
+  const __m512 power = _mm512_mul_ps(x.v, _mm512_set1_ps(1.44269504f));
+  const __m512 r = _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // 2^r - 1 over r for |r| <= 1/2, fitted to a relative error of 2^r below 2e-7.
+  __m512 sum = _mm512_set1_ps(0.00132647273f);
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.00967151299f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.0555073358f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.240222424f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.693147004f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  return {_mm512_scalef_ps(sum, _mm512_sub_ps(power, r))};
+}
 #elif defined(FERRUM_LEVEL_AVX2)
-inline Vec broadcast_pair(const char* from) {
+inline Vec broadcast_pair(const float* from) {
   double pair;
   __builtin_memcpy(&pair, from, sizeof(pair));
   const __m256 both = _mm256_castpd_ps(_mm256_set1_pd(pair));
   return {both, both};
 }
-inline __m256 add_pairs(__m256 a, __m256 b) {
-  return _mm256_add_ps(_mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa),
-                       _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa));
+inline Vec broadcast_four(const char* from) {
+  const __m128 four = _mm_loadu_ps(reinterpret_cast<const float*>(from));
+  const __m256 both = _mm256_set_m128(four, four);
+  return {both, both};
 }
-inline Vec add_pairs(Vec a, Vec b) { return {add_pairs(a.low, b.low), add_pairs(a.high, b.high)}; }
+inline Vec add_pairs(Vec a, Vec b) { return {_mm256_hadd_ps(a.low, b.low), _mm256_hadd_ps(a.high, b.high)}; }
 inline Vec broadcast_one(const float* from) { return broadcast(*from); }
 inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.low, 0xb1), _mm256_permute_ps(a.high, 0xb1)}; }
+inline Vec exp_to_one(Vec x) { return exp(x); }
 #else
-inline Vec broadcast_pair(const char* from) {
-  float pair[2];
-  __builtin_memcpy(pair, from, sizeof(pair));
-  return per_part([&](int) { return Floats{pair[0], pair[1], pair[0], pair[1]}; });
+inline Vec broadcast_pair(const float* from) {
+  return per_part([&](int) { return Floats{from[0], from[1], from[0], from[1]}; });
+}
+inline Vec broadcast_four(const char* from) {
+  return per_part([&](int) { return load_vector<Floats>(from); });
 }
 inline Vec add_pairs(Vec a, Vec b) {
-  return per_part([&](int i) { return shuffle<0, 4, 2, 6>(a.v[i], b.v[i]) + shuffle<1, 5, 3, 7>(a.v[i], b.v[i]); });
+  return per_part([&](int i) { return shuffle<0, 2, 4, 6>(a.v[i], b.v[i]) + shuffle<1, 3, 5, 7>(a.v[i], b.v[i]); });
 }
 inline Vec broadcast_one(const float* from) { return broadcast(*from); }
 inline Vec swap_pairs(Vec a) {
   return per_part([&](int i) { return shuffle<1, 0, 3, 2>(a.v[i], a.v[i]); });
 }
+inline Vec exp_to_one(Vec x) { return exp(x); }
 #endif
 
 // What up to eight rows of one KV head carry from tile to tile.
 struct DecodeRows {
-  float* q;                      // [ceil(depth / 2)][16]
+  float* q;                      // [ceil(depth / 4)][even rows, odd rows][16]
   float* out;                    // [8][padded]
   float *largest, *sum, *scale;  // [16], both lanes of a row alike; scale: of the scores
 };
@@ -81,8 +99,8 @@ struct DecodeRows {
 struct DecodeState {
   int64_t padded, chunks;  // chunks of eight rows per KV head
   float *rows, *keys, *scores, *weights;
-  int64_t cache_rows[kDecodeTile], next_rows[kDecodeTile];  // of the keys of this tile and of the next
-  int64_t offsets[kDecodeTile];                             // of cache_rows, in elements
+  int64_t cache_rows[kDecodeTile];  // of the keys
+  int64_t offsets[kDecodeTile];     // of cache_rows, in elements
   Run next_runs[4 * kDecodeTile];
   const char* key_rows[kDecodeTile];
   float k_scale[kDecodeTile], v_scale[kDecodeTile];
@@ -118,8 +136,8 @@ void start_decode_rows(const Attention& a, const AttentionItem& item, int64_t fi
     const float step =
         Product::load_query(a.dtype, a.q, item.sequence->q_offset + head * a.q_head_stride, a.head_dim, row);
     to.scale[2 * r] = to.scale[2 * r + 1] = a.scale * step;
-    for (int64_t i = 0; i < padded; i += 2) {
-      __builtin_memcpy(to.q + i / 2 * kLanes + 2 * r, row + i, 2 * sizeof(float));
+    for (int64_t i = 0; i < padded; i += 4) {
+      __builtin_memcpy(to.q + (i / 2 + r % 2) * kLanes + r / 2 * 4, row + i, 4 * sizeof(float));
     }
   }
 }
@@ -134,26 +152,31 @@ constexpr int64_t lines_of(int64_t count) {
 // their inner loops have all registers.
 template <typename Product, typename T>
 [[gnu::noinline]] void score_keys(const DecodeRows& rows, DecodeState& s, int64_t count, int64_t steps) {
+  constexpr int64_t kAskSteps = kScoreKeys < 4 ? 4 / kScoreKeys : 1;  // in which whole lines of keys are read
   Ahead ahead = s.ahead;
   for (int64_t key = 0; key < count; key += kScoreKeys) {
     const char* from[kScoreKeys];
-    Vec sum[kScoreKeys];
+    Vec even[kScoreKeys], odd[kScoreKeys];
     for (int i = 0; i < kScoreKeys; ++i) {
       from[i] = s.key_rows[key + i];
-      sum[i] = broadcast(0.0f);
+      even[i] = odd[i] = broadcast(0.0f);
     }
-    for (int64_t step = 0; step < steps;) {
-      const int64_t line_end = smaller(step + 8, steps);  // of a cache line of each key
-      ahead.lines(lines_of<Product, T>(line_end - step));
-      for (; step < line_end; ++step) {
-        const Vec q = load(static_cast<const float*>(rows.q + step * kLanes));
-        for (int i = 0; i < kScoreKeys; ++i) {
-          sum[i] = Product::multiply_add(broadcast_pair(from[i] + step * 8), q, sum[i]);
-        }
+    for (int64_t byte = 0; byte < steps * 16; byte += 16) {  // of the keys
+      if (byte / 16 % kAskSteps == 0) {
+        ahead.lines(lines_of<Product, T>(kScoreKeys * kAskSteps / 4));
+      }
+      const float* const q = rows.q + 2 * byte;  // two vectors for 16 bytes
+      const Vec q_even = load(q), q_odd = load(q + kLanes);
+      for (int i = 0; i < kScoreKeys; ++i) {
+        const Vec four = broadcast_four(from[i] + byte);
+        even[i] = Product::multiply_add(four, q_even, even[i]);
+        odd[i] = Product::multiply_add(four, q_odd, odd[i]);
       }
     }
     for (int i = 0; i < kScoreKeys; i += 2) {
-      store(s.scores + (key + i) * kGroupRows, add_pairs(Product::to_float(sum[i]), Product::to_float(sum[i + 1])));
+      const Vec even_sums = add_pairs(Product::to_float(even[i]), Product::to_float(even[i + 1]));
+      const Vec odd_sums = add_pairs(Product::to_float(odd[i]), Product::to_float(odd[i + 1]));
+      store(s.scores + (key + i) * kGroupRows, add_pairs(even_sums, odd_sums));
     }
   }
   s.ahead = ahead;
@@ -169,9 +192,6 @@ struct Factors {
 template <typename Product>
 inline void weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int64_t count, Factors& factors) {
   const Vec scale = load(static_cast<const float*>(rows.scale));
-  const auto scale_pair = [](const float* scales, int64_t key) {
-    return broadcast_pair(reinterpret_cast<const char*>(scales + key));
-  };
   if (count % 2 != 0) {
     for (int64_t lane = 1; lane < kLanes; lane += 2) {
       s.scores[(count - 1) * kGroupRows + lane] = -__builtin_inff();
@@ -181,7 +201,7 @@ inline void weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int
   Vec most = broadcast(-__builtin_inff());
   for (int64_t key = 0; key < count; key += 2) {
     Vec score = load(static_cast<const float*>(s.scores + key * kGroupRows)) * scale;
-    score = a.k_scale != nullptr ? score * scale_pair(s.k_scale, key) : score;
+    score = a.k_scale != nullptr ? score * broadcast_pair(s.k_scale + key) : score;
     store(s.scores + key * kGroupRows, score);
     most = max(most, score);
   }
@@ -189,11 +209,13 @@ inline void weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int
   const Vec before = load(static_cast<const float*>(rows.largest)), largest = max(most, before);
   // With nothing but -inf so far, any finite reference gives the weights 0 that they should have.
   const Vec reference = max(largest, broadcast(-kLargest));
+  Ahead ahead = s.ahead;
   Vec total = broadcast(0.0f), scaled = broadcast(0.0f), not_finite = broadcast(0.0f);
   for (int64_t key = 0; key < count; key += 2) {
-    Vec weight = exp(load(static_cast<const float*>(s.scores + key * kGroupRows)) - reference);
+    ahead.lines(1);
+    Vec weight = exp_to_one(load(static_cast<const float*>(s.scores + key * kGroupRows)) - reference);
     total = total + weight;
-    weight = a.v_scale != nullptr ? weight * scale_pair(s.v_scale, key) : weight;
+    weight = a.v_scale != nullptr ? weight * broadcast_pair(s.v_scale + key) : weight;
     if constexpr (Product::kIntegers) {
       store(s.scores + key * kGroupRows, weight);
       scaled = max(max(weight, broadcast(0.0f) - weight), scaled);
@@ -211,11 +233,17 @@ inline void weigh_keys(const Attention& a, DecodeRows& rows, DecodeState& s, int
     }
     store(factors.product, steps.step);
   }
+  s.ahead = ahead;
   const Vec correction = exp(before - reference);
   store(rows.largest, largest);
   store(rows.sum, load(static_cast<const float*>(rows.sum)) * correction + (total + swap_pairs(total)));
   store(factors.before, correction);
 }
+
+template <bool Value>
+struct Constant {
+  static constexpr bool value = Value;
+};
 
 // out = before * out + weights * values, for `Rows` rows from `row` on.
 template <typename Product, typename T, int Rows>
@@ -237,22 +265,27 @@ template <typename Product, typename T, int Rows>
         sum[r][i] = Product::kIntegers ? broadcast(0.0f) : so_far(r, i);
       }
     }
-    for (int64_t line = 0; line < lines;) {
-      const int64_t some = smaller(line + 8, lines);
-      ahead.lines(lines_of<Product, T>(2 * (some - line)));
-      for (; line < some; ++line) {
-        Vec b[kTileVectors];
-        Product::load_values(v, line, d, b);
-        // Both keys of a pair in one float, or one after the other: [pair][row] or [pair][row][key].
-        const float* weights = kPerElement == 2 ? all_weights + line * kGroupRows + row
-                                                : all_weights + line / 2 * kLanes + line % 2 + 2 * row;
-        for (int r = 0; r < Rows; ++r) {
-          const Vec weight = broadcast_one(weights + r * (kPerElement == 2 ? 1 : 2));
-          for (int i = 0; i < kTileVectors; ++i) {
-            sum[r][i] = Product::multiply_add(weight, b[i], sum[r][i]);
-          }
+    const CacheRows<T> panel{v.data + d, v.offsets, v.count, v.head_dim - d};
+    const auto add = [&](auto whole, int64_t line) {
+      ahead.lines(lines_of<Product, T>(kTileVectors));
+      Vec b[kTileVectors];
+      Product::template load_values<decltype(whole)::value>(panel, line, 0, b);
+      // Both keys of a pair in one float, or one after the other: [pair][row] or [pair][row][key].
+      const float* weights = kPerElement == 2 ? all_weights + line * kGroupRows + row
+                                              : all_weights + line / 2 * kLanes + line % 2 + 2 * row;
+      for (int r = 0; r < Rows; ++r) {
+        const Vec weight = broadcast_one(weights + r * (kPerElement == 2 ? 1 : 2));
+        for (int i = 0; i < kTileVectors; ++i) {
+          sum[r][i] = Product::multiply_add(weight, b[i], sum[r][i]);
         }
       }
+    };
+    const int64_t whole_lines = panel.head_dim >= kPanel ? v.count / kPerElement : 0;
+    for (int64_t line = 0; line < whole_lines; ++line) {
+      add(Constant<true>{}, line);
+    }
+    for (int64_t line = whole_lines; line < lines; ++line) {
+      add(Constant<false>{}, line);
     }
     for (int r = 0; r < Rows; ++r) {
       for (int i = 0; i < kTileVectors; ++i) {
@@ -283,16 +316,19 @@ void attend_keys(const Attention& a, const AttentionItem& item, int64_t head, De
   const CacheRows<T> k{static_cast<const T*>(a.k) + element, s.offsets, count, a.head_dim};
   const CacheRows<T> v{static_cast<const T*>(a.v) + element, s.offsets, count, a.head_dim};
   const int64_t depth = (a.head_dim + Product::kPerElement - 1) / Product::kPerElement;
-  // In place if the cache holds operands, and broadcasts of two floats end where the row does.
+  // In place if the cache holds operands, and broadcasts of four floats end where the row does.
   const bool in_place =
-      Product::kPerElement * sizeof(T) == sizeof(float) && a.head_dim % (2 * Product::kPerElement) == 0;
-  for (int64_t key = 0; key < count; ++key) {
-    float* const widened = s.keys + key * (s.padded / Product::kPerElement);
-    if (!in_place) {
-      Product::widen_key(k, key, s.padded, widened);
+      Product::kPerElement * sizeof(T) == sizeof(float) && a.head_dim % (4 * Product::kPerElement) == 0;
+  if (in_place) {
+    for (int64_t key = 0; key < count; ++key) {
+      s.key_rows[key] = reinterpret_cast<const char*>(k.data + s.offsets[key]);
     }
-    s.key_rows[key] =
-        in_place ? reinterpret_cast<const char*>(k.data + s.offsets[key]) : reinterpret_cast<const char*>(widened);
+  } else {
+    for (int64_t key = 0; key < count; ++key) {
+      float* const widened = s.keys + key * (s.padded / Product::kPerElement);
+      Product::widen_key(k, key, s.padded, widened);
+      s.key_rows[key] = reinterpret_cast<const char*>(widened);
+    }
   }
   for (int64_t key = count; key % kScoreKeys != 0; ++key) {
     s.key_rows[key] = s.key_rows[count - 1];
@@ -304,7 +340,7 @@ void attend_keys(const Attention& a, const AttentionItem& item, int64_t head, De
   }
   for (int64_t c = 0; c < s.chunks; ++c) {
     DecodeRows rows = s.chunk(a, head, c);
-    score_keys<Product, T>(rows, s, count, (depth + 1) / 2);
+    score_keys<Product, T>(rows, s, count, (depth + 3) / 4);
     Factors factors;
     weigh_keys<Product>(a, rows, s, count, factors);
     const int64_t some = smaller(kGroupRows, item.row_end - item.row_begin - c * kGroupRows);
@@ -331,7 +367,7 @@ void attend_token(const Attention& a, const AttentionTask& task, const Attention
     for (int64_t i = 0; i < end - begin; ++i) {
       s.offsets[i] = s.cache_rows[i] * a.head_dim;
     }
-    s.ahead = fetch_ahead<T>(a, task, end, next, kDecodeTile, s.next_rows, s.next_runs);
+    s.ahead = fetch_ahead<T>(a, task, end, next, kDecodeTile, s.next_runs);
     for (int64_t h = 0; h < heads; ++h) {
       attend_keys<Product, T>(a, items[h], h, s, end - begin);
     }

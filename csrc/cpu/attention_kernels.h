@@ -13,8 +13,7 @@ struct State {
   int32_t *begin, *end;                        // per row, the visible keys of the tile at hand
   float k_scale[kKeyTile], v_scale[kKeyTile];  // of int8 caches, per key of the tile
   bool scaled;
-  int64_t next_rows[kKeyTile];  // of the caches, where the tile after it lies
-  Run next_runs[4 * kKeyTile];
+  Run next_runs[4 * kKeyTile];  // of the caches, where the tile after it lies
   Ahead ahead;
 
   State(const Attention& a, int64_t rows, float* scratch)
@@ -242,7 +241,7 @@ void attend_item(const Attention& a, const AttentionTask& task, const AttentionT
     }
     const Keys seen = any_visible(s, 0, s.rows);
     if (seen.begin < seen.end) {
-      s.ahead = fetch_ahead<T>(a, task, begin + kKeyTile, next, kKeyTile, s.next_rows, s.next_runs);
+      s.ahead = fetch_ahead<T>(a, task, begin + kKeyTile, next, kKeyTile, s.next_runs);
       attend_tile<Product, T>(a, item, s, begin, seen);
     }
   }

@@ -37,11 +37,11 @@ struct Float32Product {
       store(to + d, k.whole(key, 1, d, kLanes) ? k.load_whole(key, d) : k.load(key, d));
     }
   }
-  // Elements [d, d + kPanel) of value `line`.
-  template <typename T>
+  // Elements [d, d + kPanel) of value `line`; `Whole`: all of them are there.
+  template <bool Whole, typename T>
   static void load_values(const CacheRows<T>& v, int64_t line, int64_t d, Vec* to) {
     for (int i = 0; i < kTileVectors; ++i, d += kLanes) {
-      to[i] = v.whole(line, 1, d, kLanes) ? v.load_whole(line, d) : v.load(line, d);
+      to[i] = Whole || v.whole(line, 1, d, kLanes) ? v.load_whole(line, d) : v.load(line, d);
     }
   }
   // Stores 16 weights as the left operand of the product with the values.
@@ -88,10 +88,14 @@ struct Bf16PairProduct {
       store(to + d / 2, load_pairs(k, key, d));
     }
   }
-  // Elements [d, d + kPanel) of the values 2 * line and 2 * line + 1.
-  template <typename T>
+  // Elements [d, d + kPanel) of the values 2 * line and 2 * line + 1; `Whole`: all of them are there.
+  template <bool Whole, typename T>
   static void load_values(const CacheRows<T>& v, int64_t line, int64_t d, Vec* to) {
-    interleave(load_pairs(v, 2 * line, d), load_pairs(v, 2 * line + 1, d), to);
+    if constexpr (Whole) {
+      interleave(load_whole_pairs(v, 2 * line, d), load_whole_pairs(v, 2 * line + 1, d), to);
+    } else {
+      interleave(load_pairs(v, 2 * line, d), load_pairs(v, 2 * line + 1, d), to);
+    }
   }
   static void store_weights(float* to, Vec weights) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weights.v)));
@@ -131,10 +135,14 @@ struct Int16PairProduct {
       store(to + d / 2, load_codes(k, key, d));
     }
   }
-  // Elements [d, d + kPanel) of the values 2 * line and 2 * line + 1.
-  template <typename T>
+  // Elements [d, d + kPanel) of the values 2 * line and 2 * line + 1; `Whole`: all of them are there.
+  template <bool Whole, typename T>
   static void load_values(const CacheRows<T>& v, int64_t line, int64_t d, Vec* to) {
-    interleave(load_codes(v, 2 * line, d), load_codes(v, 2 * line + 1, d), to);
+    if constexpr (Whole) {
+      interleave(load_whole_codes(v, 2 * line, d), load_whole_codes(v, 2 * line + 1, d), to);
+    } else {
+      interleave(load_codes(v, 2 * line, d), load_codes(v, 2 * line + 1, d), to);
+    }
   }
   static void store_weights(float* to, Vec weights) { store_words(to, weights, kLanes); }
 
@@ -144,12 +152,17 @@ struct Int16PairProduct {
   static void store_words(float* to, Vec x, int64_t count) {
     _mm512_mask_cvtsepi32_storeu_epi16(to, first_lanes(count), _mm512_cvtps_epi32(x.v));
   }
-  // 32 codes [d, d + 32) of a key as 16-bit integers, zeros behind the end of the head and behind the last key.
+  // 32 codes [d, d + 32) of a key of which all are there, as 16-bit integers.
+  template <typename T>
+  static Vec load_whole_codes(const CacheRows<T>& rows, int64_t key, int64_t d) {
+    const void* const at = rows.data + rows.offsets[key] + d;
+    return from(_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(at))));
+  }
+  // The same with zeros behind the end of the head and behind the last key.
   template <typename T>
   static Vec load_codes(const CacheRows<T>& rows, int64_t key, int64_t d) {
     if (rows.whole(key, 1, d, 2 * kLanes)) {
-      const void* const at = rows.data + rows.offsets[key] + d;
-      return from(_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(at))));
+      return load_whole_codes(rows, key, d);
     }
     const int64_t some = key < rows.count ? smaller(rows.head_dim - d, 2 * kLanes) : 0;
     const __mmask32 mask = some > 0 ? static_cast<__mmask32>((uint64_t{1} << some) - 1) : 0;
@@ -177,7 +190,7 @@ struct Ahead {
   // To the second level: more may wait there than at the first.
   static void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
   void lines(int64_t count) {
-    if (end - at >= count * kLine) {
+    if (__builtin_expect(end - at >= count * kLine, 1)) {
       for (int64_t i = 0; i < count; ++i, at += kLine) {
         fetch(at);
       }

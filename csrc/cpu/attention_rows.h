@@ -19,25 +19,40 @@ inline void find_rows(const Attention& a, const AttentionItem& item, Keys keys, 
   }
 }
 
-// Appends the rows of `bytes` bytes of a table as runs, lying side by side or not.
-inline Run* add_runs(const void* table, int64_t bytes, int64_t width, const int64_t* rows, int64_t count, Run* to) {
+// Appends the keys of a table whose rows have `bytes` bytes, of `heads` heads from the item's on, as runs.
+inline Run* add_runs(const Attention& a, const AttentionItem& item, Keys keys, int64_t heads, const void* table,
+                     int64_t bytes, Run* to) {
   const Run* const first = to;
-  for (int64_t i = 0; i < count; ++i) {
-    const char* const begin = static_cast<const char*>(table) + rows[i] * bytes;
+  const auto add = [&](const char* begin, int64_t size) {
     if (to != first && to[-1].end == begin) {
-      to[-1].end = begin + width;
+      to[-1].end += size;
     } else {
-      *to++ = {begin, begin + width};
+      *to++ = {begin, begin + size};
+    }
+  };
+  const int64_t stride = a.key_rows * bytes, width = heads * bytes;
+  int64_t block = keys.begin / a.block_size, position = keys.begin % a.block_size;
+  for (int64_t key = keys.begin; key < keys.end; ++block, position = 0) {
+    const int64_t row = item.sequence->table[block] * a.block_rows + item.kv_head * a.head_rows;
+    const char* at = static_cast<const char*>(table) + row * bytes + position * stride;
+    const int64_t count = smaller(a.block_size - position, keys.end - key);
+    key += count;
+    if (stride == width) {
+      add(at, count * width);
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i, at += stride) {
+      add(at, width);
     }
   }
   return to;
 }
 
 // Has the products fetch the next `most` keys: those of the task from `begin` on, or else of the next task. Fills
-// `rows` and `runs`, of which there may be four for every key.
+// `runs`, of which there may be four for every key.
 template <typename T>
 inline Ahead fetch_ahead(const Attention& a, const AttentionTask& task, int64_t begin, const AttentionTask* next,
-                         int64_t most, int64_t* rows, Run* runs) {
+                         int64_t most, Run* runs) {
   if (begin >= task.items->keys.end) {
     if (next == nullptr || next->items->keys.begin >= next->items->keys.end) {
       return {};
@@ -48,16 +63,16 @@ inline Ahead fetch_ahead(const Attention& a, const AttentionTask& task, int64_t 
   }
   const AttentionItem& item = *next->items;
   const Keys keys{begin, smaller(begin + most, item.keys.end)};
-  const int64_t row_bytes = a.head_dim * static_cast<int64_t>(sizeof(T)), count = keys.end - keys.begin;
-  find_rows(a, item, keys, 1, rows);
   Run* end = runs;
+  const auto add = [&](const void* table, size_t bytes) {
+    end = add_runs(a, item, keys, next->heads, table, static_cast<int64_t>(bytes), end);
+  };
   if (a.k_scale != nullptr) {
-    const int64_t scale_bytes = sizeof(float);
-    end = add_runs(a.k_scale, scale_bytes, next->heads * scale_bytes, rows, count, end);
-    end = add_runs(a.v_scale, scale_bytes, next->heads * scale_bytes, rows, count, end);
+    add(a.k_scale, sizeof(float));
+    add(a.v_scale, sizeof(float));
   }
-  end = add_runs(a.k, row_bytes, next->heads * row_bytes, rows, count, end);
-  end = add_runs(a.v, row_bytes, next->heads * row_bytes, rows, count, end);
+  add(a.k, static_cast<size_t>(a.head_dim) * sizeof(T));
+  add(a.v, static_cast<size_t>(a.head_dim) * sizeof(T));
   // Where blocks lie scattered, looking up their pages' addresses takes as long as reading them. Asked for in a row,
   // several are looked up at a time.
   constexpr int64_t kPage = 4096;
