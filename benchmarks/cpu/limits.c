@@ -7,50 +7,59 @@
 #include <immintrin.h>
 #endif
 
-enum { STREAMS = 2, PREFETCH_LINES = 64, ACCUMULATORS = 24 };
+enum { PREFETCH_LINES = 64, SUMS = 4, ACCUMULATORS = 24 };
 
 typedef uint64_t Line __attribute__((vector_size(64)));
 
-// Each thread reads its part as several sequential streams of 64-byte lines.
+// Each thread reads its part as one sequential stream of 64-byte lines.
 static uint64_t read_part(const Line* begin, size_t lines) {
-  size_t length = lines / STREAMS;
-  Line sums[STREAMS] = {{0}};
-  for (size_t i = 0; i < length; ++i)
-#pragma GCC unroll 2
-    for (int s = 0; s < STREAMS; ++s) {
-      const Line* line = begin + s * length + i;
-      __builtin_prefetch(line + PREFETCH_LINES, 0, 0);
-      sums[s] += *line;
+  Line sums[SUMS] = {{0}};
+  for (size_t i = 0; i < lines; i += SUMS)
+#pragma GCC unroll 4
+    for (int s = 0; s < SUMS; ++s) {
+      __builtin_prefetch(begin + i + s + PREFETCH_LINES, 0, 2);
+      sums[s] += begin[i + s];
     }
   uint64_t sum = 0;
-  for (int s = 0; s < STREAMS; ++s)
+  for (int s = 0; s < SUMS; ++s)
     for (int j = 0; j < 8; ++j) sum += sums[s][j];
   return sum;
 }
 
-// The fastest of `repeats` passes over `bytes`, on huge pages where the system gives them, in bytes per second.
-double read_bytes_per_second(size_t bytes, int threads, int repeats) {
-  bytes -= bytes % ((size_t)threads * STREAMS * sizeof(Line));
-  Line* buffer = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+// Filled memory on pages of one kind; 0 where the system has none of them.
+static Line* filled(size_t lines, int threads, int huge) {
+  Line* buffer = mmap(0, lines * threads * sizeof(Line), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (buffer == MAP_FAILED) return 0;
-  madvise(buffer, bytes, MADV_HUGEPAGE);
-  size_t lines = bytes / sizeof(Line) / threads;
+  if (madvise(buffer, lines * threads * sizeof(Line), huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) && huge) {
+    munmap(buffer, lines * threads * sizeof(Line));
+    return 0;
+  }
 #pragma omp parallel for num_threads(threads)
   for (int t = 0; t < threads; ++t)
     for (size_t i = 0; i < lines; ++i) buffer[t * lines + i] = (Line){i};
-  double best = 0;
+  return buffer;
+}
+
+// Bytes per second of the fastest of `repeats` passes over `bytes`, in turns on ordinary (rates[0]) and, where asked
+// for, on huge pages (rates[1]); 0 where there are none.
+void read_bytes_per_second(size_t bytes, int threads, int repeats, int huge, double rates[2]) {
+  size_t lines = bytes / sizeof(Line) / threads / SUMS * SUMS;
+  Line* buffers[2] = {filled(lines, threads, 0), huge ? filled(lines, threads, 1) : 0};
+  rates[0] = rates[1] = 0;
   volatile uint64_t sink = 0;
-  for (int r = 0; r < repeats; ++r) {
+  for (int r = 0; r < 2 * repeats; ++r) {
+    const Line* buffer = buffers[r % 2];
+    if (!buffer) continue;
     uint64_t sum = 0;
     double start = omp_get_wtime();
 #pragma omp parallel for num_threads(threads) reduction(+ : sum)
     for (int t = 0; t < threads; ++t) sum += read_part(buffer + t * lines, lines);
-    double rate = bytes / (omp_get_wtime() - start);
-    if (rate > best) best = rate;
+    double rate = lines * threads * sizeof(Line) / (omp_get_wtime() - start);
+    if (rate > rates[r % 2]) rates[r % 2] = rate;
     sink += sum;
   }
-  munmap(buffer, bytes);
-  return best;
+  for (int h = 0; h < 2; ++h)
+    if (buffers[h]) munmap(buffers[h], lines * threads * sizeof(Line));
 }
 
 // Multiplications and additions per second of vpdpbusd on 512-bit registers; 0 where the instruction is missing.

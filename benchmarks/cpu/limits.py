@@ -7,12 +7,17 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ferrum_ops.testing.timing import read_bandwidth
+
+#: Says whether a process can have huge pages by asking for them: "always", "madvise" or "never".
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 #: Several times the largest last-level cache in mind.
 BUFFER_BYTES = 1 << 30
@@ -21,7 +26,7 @@ BUFFER_BYTES = 1 << 30
 @dataclass(frozen=True)
 class Limits:
     threads: int
-    read: float  # bytes per second from memory
+    read: float  # bytes per second from memory, on whichever pages it is faster
     int8: float  # 8-bit multiplications and additions per second; 0: no such instruction, or no compiler
 
     def or_better(self, other: Limits) -> Limits:
@@ -33,21 +38,50 @@ class Limits:
         return max(num_bytes / self.read, operations / self.int8 if self.int8 else 0.0)
 
 
-def measure_limits(threads: int) -> Limits:
+def huge_pages_offered(setting: Path = HUGE_PAGES) -> bool:
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@contextmanager
+def compiled() -> Iterator[ctypes.CDLL | None]:
+    """The functions of limits.c, or None without a compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        return Limits(threads, read_bandwidth(BUFFER_BYTES), 0.0)
+        yield None
+        return
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "limits.so"
         source = Path(__file__).with_name("limits.c")
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
         functions = ctypes.CDLL(str(library))
-        functions.read_bytes_per_second.restype = functions.int8_ops_per_second.restype = ctypes.c_double
-        read = functions.read_bytes_per_second(ctypes.c_size_t(BUFFER_BYTES), threads, 5)
-        return Limits(threads, read, functions.int8_ops_per_second(threads, 5))
+        functions.int8_ops_per_second.restype = ctypes.c_double
+        yield functions
+
+
+def read_rates(functions: ctypes.CDLL, threads: int, num_bytes: int = BUFFER_BYTES) -> tuple[float, float]:
+    """Bytes per second from ordinary and from huge pages, measured in turns; 0 for huge ones that the system lacks."""
+    rates = (ctypes.c_double * 2)()
+    functions.read_bytes_per_second(ctypes.c_size_t(num_bytes), threads, 5, int(huge_pages_offered()), rates)
+    return rates[0], rates[1]
+
+
+def measure_limits(threads: int) -> Limits:
+    with compiled() as functions:
+        if functions is None:
+            return Limits(threads, read_bandwidth(BUFFER_BYTES), 0.0)
+        return Limits(threads, max(read_rates(functions, threads)), functions.int8_ops_per_second(threads, 5))
+
+
+def main() -> None:
+    threads = torch.get_num_threads()
+    with compiled() as functions:
+        if functions is not None:
+            ordinary, huge = (rate / 1e9 for rate in read_rates(functions, threads))
+            print(f"reads: {ordinary:.1f} GB/s from ordinary pages, {huge:.1f} from huge ones")
+    limits = measure_limits(threads)
+    print(f"{limits.threads} threads: {limits.read / 1e9:.1f} GB/s read, {limits.int8 / 1e9:.0f} Gop/s int8")
 
 
 if __name__ == "__main__":
-    limits = measure_limits(torch.get_num_threads())
-    print(f"{limits.threads} threads: {limits.read / 1e9:.1f} GB/s read, {limits.int8 / 1e9:.0f} Gop/s int8")
+    main()

@@ -88,7 +88,8 @@ def main(arguments: argparse.Namespace) -> None:
                 f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
                 f"{machine['kernels']} kernels; `make bench-cpu`. "
                 "Medians of turns; `floor` is the larger of the weights' bytes at the read bandwidth "
-                "and the products at the int8 peak, both measured in the same run; `foreign CPU` is the share of the "
+                "and the products at the int8 peak, both measured in the same run, reads from ordinary and from huge "
+                "pages, of which the faster count; `foreign CPU` is the share of the "
                 "processor that other processes had meanwhile."
             )
         commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.cpu import experts, levels, report, rounds, scaling
+from benchmarks.cpu import experts, levels, limits, report, rounds, scaling
 from benchmarks.cpu.limits import Limits
 from benchmarks.cpu.rounds import Spread, take_turns
 from benchmarks.peers.interface import MoeShape
@@ -47,6 +49,28 @@ def test_rows_are_held_against_the_best_limits_of_the_run():
     assert (rows[0]["read_gb_per_s"], rows[0]["int8_gop_per_s"]) == pytest.approx((0.02, 0.01))
     report.hold_against(rows, Limits(2, read=10e6, int8=0.0))
     assert rows[0]["of_int8_peak"] == pytest.approx(0.5)
+
+
+def test_reads_are_timed_on_both_kinds_of_pages_and_the_faster_count(monkeypatch):
+    with limits.compiled() as functions:
+        if functions is None:
+            pytest.skip("no C compiler")
+        ordinary, huge = limits.read_rates(functions, 1, num_bytes=8 << 20)
+    assert ordinary > 0
+    assert (huge > 0) == limits.huge_pages_offered()
+    functions = SimpleNamespace(int8_ops_per_second=lambda *_: 1.0)
+    monkeypatch.setattr(limits, "compiled", lambda: nullcontext(functions))
+    for rates in ((2e9, 3e9), (3e9, 0.0)):
+        monkeypatch.setattr(limits, "read_rates", lambda *_, rates=rates: rates)
+        assert limits.measure_limits(1).read == 3e9
+
+
+def test_huge_pages_are_asked_for_where_the_system_gives_them(tmp_path):
+    setting = tmp_path / "enabled"
+    assert not limits.huge_pages_offered(setting)
+    for text, offered in (("always [madvise] never", True), ("always madvise [never]", False)):
+        setting.write_text(text)
+        assert limits.huge_pages_offered(setting) == offered
 
 
 def test_a_missed_goal_names_the_fastest_peer_and_the_floor():
