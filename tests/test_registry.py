@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCHEMA_FILE = ROOT / "csrc" / "schema.cpp"
 # Files whose stem is not a family, by folder.
 INFRASTRUCTURE = {
-    "csrc/cpu": {"isa", "simd", "tensor"},
+    "csrc/cpu": {"allocate", "isa", "simd", "tensor"},
     "ferrum_ops/ops": {"__init__"},
     "tests/ops": {"__init__", "test_every_op"},
     "benchmarks/ops": {"__init__"},

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/allocate.h"
 #include "cpu/kv_cache_args.h"
 
 namespace ferrum::cpu {
@@ -108,7 +109,7 @@ void run(Attention& a, Plan& plan, const Tensor& q) {
         floats, t.items->sequence->tokens == 1 ? decode_scratch_floats(a, rows, t.heads) : scratch_floats(a, rows));
   }
   floats = (floats + 15) / 16 * 16;
-  Tensor memory = torch::stable::new_empty(q, {workers * floats + plan.partial_floats}, ScalarType::Float);
+  Tensor memory = allocate(q, {workers * floats + plan.partial_floats}, ScalarType::Float);
   float* const scratch = mutable_data<float>(memory);
   a.partial = scratch + workers * floats;
   const AttendKernel attend = pick_attend(a);
@@ -192,7 +193,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   for (int64_t b = 0; b < batch; ++b) {
     check_kv_len(op, lens[b], tokens, capacity, causal);
   }
-  Tensor out = torch::stable::new_empty(q, {batch, tokens, heads, a.head_dim});
+  Tensor out = allocate(q, {batch, tokens, heads, a.head_dim});
   if (out.numel() == 0) {
     return out;
   }
@@ -292,7 +293,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   a.scale = static_cast<float>(scale), a.causal = causal, a.window = window;
   Plan plan;
   plan_sequences(op, a, q, block_tables, cu_seqlens_q, kv_lens, num_blocks, plan);
-  Tensor out = torch::stable::new_empty(q, {tokens, heads, a.head_dim});
+  Tensor out = allocate(q, {tokens, heads, a.head_dim});
   if (out.numel() == 0) {
     return out;
   }

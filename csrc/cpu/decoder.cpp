@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks/rows.h"
+#include "cpu/allocate.h"
 #include "cpu/decoder_sum.h"
 
 namespace ferrum::cpu {
@@ -36,17 +37,15 @@ Tensor decoder_attention_int4_(const Tensor& hidden, const Tensor& norm_weight, 
       int4_linear(normed, qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, width, qkv_group_size, activation);
   const auto [query, key, value] =
       split_qkv_norm_rope(heads, q_weight, k_weight, cos, sin, positions, num_heads, kv_heads, head_dim, eps);
-  const auto of_sequences = [&](const Tensor& t) {
-    return torch::stable::view(t, {batch, length, t.size(1), head_dim});
-  };
+  const auto of_sequences = [&](const Tensor& t) { return reshaped(t, {batch, length, t.size(1), head_dim}); };
   kv_append_(k_cache, v_cache, of_sequences(key), of_sequences(value), cache_lens);
-  Tensor kv_lens = torch::stable::new_empty(cache_lens, {batch});
+  Tensor kv_lens = allocate(cache_lens, {batch});
   for (int64_t b = 0; b < batch; ++b) {
     mutable_data<int32_t>(kv_lens)[b] = data<int32_t>(cache_lens)[b] + static_cast<int32_t>(length);
   }
   const Tensor attended = attention(of_sequences(query), k_cache, v_cache, kv_lens, scale, /*causal=*/true, 0);
-  return int4_linear(torch::stable::view(attended, {tokens, num_heads * head_dim}), o, o_scales, o_zeros, o_perm,
-                     o_bias, hidden.size(1), o_group_size, activation);
+  return int4_linear(reshaped(attended, {tokens, num_heads * head_dim}), o, o_scales, o_zeros, o_perm, o_bias,
+                     hidden.size(1), o_group_size, activation);
 }
 
 Tensor decoder_experts_int4(const Tensor& attended, const Tensor& residual, const Tensor& norm_weight, double eps,

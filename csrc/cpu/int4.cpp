@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/allocate.h"
 #include "cpu/int4_args.h"
 
 namespace ferrum::cpu {
@@ -132,7 +133,7 @@ Tensor linear(const Arguments& a, bool int8_activations, TileKernel multiply_til
   const int64_t in_features = a.x.size(a.x.dim() - 1);
   std::vector<int64_t> shape(a.x.sizes().begin(), a.x.sizes().end());
   shape.back() = a.out_features;
-  Tensor out = torch::stable::new_empty(a.x, shape);
+  Tensor out = allocate(a.x, shape);
   const int64_t rows = a.x.numel() / in_features;
   if (rows == 0) {
     return out;

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/allocate.h"
 #include "cpu/int4_args.h"
 #include "cpu/moe_gemm_phases.h"
 
@@ -82,7 +83,7 @@ Tensor moe_experts_int4(const Tensor& hidden, const Tensor& topk_ids, const Tens
   check_packed({kOp, "w2", "w2_scales", "w2_zeros"}, w2, w2_scales, w2_zeros, experts,
                int4::ceil_div(hidden_size, int4::kTileColumns), w2_rows / int4::kLineRows, w2_group_size);
 
-  Tensor out = torch::stable::new_empty(hidden, {tokens, hidden_size});
+  Tensor out = allocate(hidden, {tokens, hidden_size});
   ExpertBlock block{int4_kernels(),
                     int8,
                     experts,

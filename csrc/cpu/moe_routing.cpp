@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "checks/moe_routing.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -14,8 +15,8 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a, const Tensor& logits, 
   RouteRows rows{};
   rows.dtype = a.dtype;
   rows.num_experts = a.num_experts;
-  Tensor ids = torch::stable::new_empty(logits, {a.tokens, top_k}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(logits, {a.tokens, top_k}, ScalarType::Float);
+  Tensor ids = allocate(logits, {a.tokens, top_k}, ScalarType::Int);
+  Tensor weights = allocate(logits, {a.tokens, top_k}, ScalarType::Float);
   rows.logits = logits.const_data_ptr();
   rows.ids = mutable_data<int32_t>(ids);
   rows.weights = mutable_data<float>(weights);
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor> route_topk_softmax(const Tensor& logits, int64_t top_
 std::tuple<Tensor, Tensor, Tensor> router_topk_softmax(const Tensor& x, const Tensor& weight, int64_t top_k,
                                                        bool renormalize) {
   const RouterArguments a = check_router(x, weight, top_k);
-  Tensor logits = torch::stable::new_empty(x, {a.tokens, a.num_experts});
+  Tensor logits = allocate(x, {a.tokens, a.num_experts});
   const RouterProduct product{x.const_data_ptr(),
                               weight.const_data_ptr(),
                               logits.mutable_data_ptr(),

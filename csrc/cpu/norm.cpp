@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "checks/norm.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -35,7 +36,7 @@ NormRows rows_of(const NormArguments& a) {
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const NormArguments a = check_norm("rms_norm", x, nullptr, weight, eps);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = allocate(x, x.sizes());
   NormRows rows = rows_of(a);
   rows.out = out.mutable_data_ptr();
   rows.out_stride = rows.size;
@@ -46,8 +47,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                               double eps) {
   const NormArguments a = check_norm("fused_add_rms_norm", x, &residual, weight, eps);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
-  Tensor sum = torch::stable::new_empty(x, x.sizes());
+  Tensor out = allocate(x, x.sizes());
+  Tensor sum = allocate(x, x.sizes());
   NormRows rows = rows_of(a);
   rows.out = out.mutable_data_ptr();
   rows.residual_out = sum.mutable_data_ptr();

@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/allocate.h"
 #include "cpu/rope_args.h"
 
 namespace ferrum::cpu {
@@ -23,7 +24,7 @@ Tensor qk_norm_rope(const Tensor& x, const std::optional<Tensor>& norm_weight, c
   heads.token_stride = x.stride(0);
   heads.head_stride = x.stride(1);
   heads.interleaved = interleaved;
-  Tensor out = torch::stable::new_empty(x, {tokens, heads.heads, heads.head_dim});
+  Tensor out = allocate(x, {tokens, heads.heads, heads.head_dim});
   if (out.numel() == 0) {
     return out;
   }
@@ -49,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> split_qkv_norm_rope(const Tensor& qkv, const 
   const SplitQkv split = split_qkv(a, qkv, num_heads, num_kv_heads, head_dim, eps);
   HeadsRope q = split.q, k = split.k;
   const int64_t tokens = qkv.size(0);
-  Tensor q_out = torch::stable::new_empty(qkv, {tokens, num_heads, head_dim});
-  Tensor k_out = torch::stable::new_empty(qkv, {tokens, num_kv_heads, head_dim});
-  Tensor v_out = torch::stable::new_empty(qkv, {tokens, num_kv_heads, head_dim});
+  Tensor q_out = allocate(qkv, {tokens, num_heads, head_dim});
+  Tensor k_out = allocate(qkv, {tokens, num_kv_heads, head_dim});
+  Tensor v_out = allocate(qkv, {tokens, num_kv_heads, head_dim});
   if (tokens == 0) {
     return {q_out, k_out, v_out};
   }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks/sampling.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -40,7 +41,7 @@ Tensor argmax_rows(const Tensor& logits, const std::optional<Tensor>& mask) {
   rows.mask_stride = a.mask_stride;
   rows.logits = logits.const_data_ptr();
   rows.logits_stride = a.stride;
-  Tensor out = torch::stable::new_empty(logits, {tokens}, ScalarType::Long);
+  Tensor out = allocate(logits, {tokens}, ScalarType::Long);
 
   const int64_t spans = (rows.size + kSpan - 1) / kSpan;
   std::vector<Largest> largest(static_cast<size_t>(tokens * spans));
