@@ -76,7 +76,7 @@ void multiply(const Linear& p, const ActivationRows& activations) {
       for (int64_t r = 0; r < rows; ++r) {
         row_ids[r] = static_cast<int32_t>(first_row + r);
       }
-      const uint8_t* next = p.weights.codes_of_tile(block + 1 < blocks ? tile : tile + kPanelTiles);
+      const TileStart next = p.weights.tile(block + 1 < blocks ? tile : tile + kPanelTiles);
       p.multiply_tiles(p.weights, tile, 1, std::min(kPanelTiles, tiles - tile), activations, row_ids, rows, next,
                        panel);
       if (p.bias) {

@@ -189,7 +189,7 @@ void int8_group(const Group<Bits>& group, int64_t g, const ActivationRows& rows,
 
 template <int Bits>
 void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart&, float* out) {
   for (int64_t t = 0; t < num_tiles; ++t) {
     float* o = out + t * tile_step * kTileColumns;
     for (int64_t g = 0; g < w.groups; ++g) {
@@ -291,7 +291,7 @@ void full_block(const PackedWeights& w, int64_t first_tile, int64_t tile_step, c
 
 template <int Bits>
 void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart&, float* out) {
   using Block = void (*)(const PackedWeights&, int64_t, int64_t, const ActivationRows&, const int32_t*, float*);
   static constexpr Block kBlocks[] = {full_block<Bits, 1, 1>, full_block<Bits, 2, 1>, full_block<Bits, 3, 1>,
                                       full_block<Bits, 4, 1>};

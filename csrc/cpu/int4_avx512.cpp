@@ -87,19 +87,32 @@ inline __m512i half_line(const uint8_t* line, int half) {
   return _mm512_and_si512(half == 0 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
 }
 
-// The codes read next, prefetched while tiles are multiplied. Every line of T tiles asks for T lines' bytes, `step`
-// behind what the line before asked for, so that several blocks of rows on the same tiles use the memory evenly.
-// They wait in the second level: the first holds the tiles in use, and memory takes more requests from the second.
+// What is read next, prefetched while tiles are multiplied: codes line by line, scales and zero points group by group.
+// Every line of T tiles asks for T lines' bytes, `step` behind what the line before asked for, so that several blocks
+// of rows on the same tiles use the memory evenly. They wait in the second level: the first holds the tiles in use, and
+// memory takes more requests from the second.
 struct Ahead {
   const uint8_t* at;
   int64_t step;
+  TileStart tile;
 
   template <int64_t Bytes>
-  void prefetch(int64_t line) const {
-    const char* address = reinterpret_cast<const char*>(at + line * step);
+  static void prefetch_bytes(const void* from) {
 #pragma GCC unroll 8
     for (int64_t b = 0; b < Bytes; b += 64) {
-      _mm_prefetch(address + b, _MM_HINT_T1);
+      _mm_prefetch(static_cast<const char*>(from) + b, _MM_HINT_T1);
+    }
+  }
+  template <int64_t Bytes>
+  void prefetch_line(int64_t line) const {
+    prefetch_bytes<Bytes>(at + line * step);
+  }
+  // Without this each group waits for its scales: they lie far from the codes, too few for a stream of their own.
+  template <int64_t T>
+  void prefetch_group(int64_t g) const {
+    prefetch_bytes<2 * T * kTileColumns>(tile.scales + g * T * kTileColumns);
+    if (tile.zeros) {
+      prefetch_bytes<T * kTileColumns>(tile.zeros + g * T * kTileColumns);
     }
   }
 };
@@ -149,10 +162,11 @@ FERRUM_KEEP_ACCUMULATORS void int8_block(const PackedWeights& w, int64_t first_t
   int64_t i = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t at = (first_tile * w.groups + g) * kTileColumns;
+    ahead.prefetch_group<T>(g);
     __m512i dot[R][T];
     start_group<Bits>(w, at, next_tile, row_sums, g, dot);
     for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += kLineBytes<Bits>) {
-      ahead.prefetch<T * kLineBytes<Bits>>(i);
+      ahead.prefetch_line<T * kLineBytes<Bits>>(i);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         __m512i weights[T];
@@ -240,6 +254,7 @@ FERRUM_KEEP_ACCUMULATORS void full_block(const PackedWeights& w, int64_t first_t
   const uint8_t* line = w.codes + first_tile * w.lines * kLineBytes<Bits>;
   int64_t i = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
+    ahead.prefetch_group<T>(g);
     __m512 dot[R][T], biases[T][2];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -251,7 +266,7 @@ FERRUM_KEEP_ACCUMULATORS void full_block(const PackedWeights& w, int64_t first_t
       }
     }
     for (const int64_t end = min64(i + w.group_lines, w.lines); i < end; ++i, line += kLineBytes<Bits>) {
-      ahead.prefetch<T * kLineBytes<Bits>>(i);
+      ahead.prefetch_line<T * kLineBytes<Bits>>(i);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const Lanes<Bits> lanes(line + t * tile_bytes);
@@ -290,16 +305,17 @@ using Block = void (*)(const PackedWeights&, int64_t, int64_t, const ActivationR
 template <int Bits, size_t kRows>
 void for_each_block(const Block (&blocks)[kRows], int64_t width, const PackedWeights& w, int64_t first_tile,
                     int64_t tile_step, int64_t num_tiles, const ActivationRows& rows, const int32_t* row_ids,
-                    int64_t num_rows, const uint8_t* next, float* out) {
+                    int64_t num_rows, const TileStart& next, float* out) {
   const int64_t count = int4::ceil_div(num_rows, kRows);
   const int64_t step = int4::ceil_div(width * kLineBytes<Bits>, count);
   for (int64_t t = 0; t < num_tiles; t += width) {
     const int64_t tile = first_tile + t * tile_step;
-    const uint8_t* ahead = t + width < num_tiles ? w.codes_of_tile(tile + width * tile_step) : next;
+    const TileStart ahead = t + width < num_tiles ? w.tile(tile + width * tile_step) : next;
     for (int64_t b = 0; b < count; ++b) {
       const int64_t row = num_rows * b / count;
       const int64_t block_rows = num_rows * (b + 1) / count - row;
-      blocks[block_rows - 1](w, tile, tile_step, rows, row_ids + row, Ahead{ahead + b * w.lines * step, step},
+      blocks[block_rows - 1](w, tile, tile_step, rows, row_ids + row,
+                             Ahead{ahead.codes + b * w.lines * step, step, ahead},
                              out + row * kPanelColumns + t * tile_step * kTileColumns);
     }
   }
@@ -311,7 +327,7 @@ constexpr Block kInt8Blocks[] = {int8_block<Bits, 1, T>, int8_block<Bits, 2, T>,
 
 template <int Bits>
 void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next, float* out) {
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart& next, float* out) {
   const int64_t width = num_tiles % 4 == 0 ? 4 : num_tiles % 2 == 0 ? 2 : 1;
   const auto& blocks = width == 4 ? kInt8Blocks<Bits, 4> : width == 2 ? kInt8Blocks<Bits, 2> : kInt8Blocks<Bits, 1>;
   for_each_block<Bits>(blocks, width, w, first_tile, tile_step, num_tiles, rows, row_ids, num_rows, next, out);
@@ -326,7 +342,7 @@ constexpr Block kWideFullBlocks[] = {full_block<Bits, 1, 4>, full_block<Bits, 2,
 
 template <int Bits>
 void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next, float* out) {
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart& next, float* out) {
   // One or two chains would leave the multipliers waiting for each other's results: take four tiles side by side.
   if (num_rows <= 2 && num_tiles % 4 == 0) {
     for_each_block<Bits>(kWideFullBlocks<Bits>, 4, w, first_tile, tile_step, num_tiles, rows, row_ids, num_rows, next,

@@ -232,7 +232,7 @@ inline void for_each_group(const PackedWeights& w, int64_t first_tile, int64_t t
 
 template <int kBits>
 void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart&, float* out) {
   WordRow x[kRowBlock];
   const auto start_group = [&](int64_t g) {
     const int64_t first = g * w.group_lines, lines = smaller(w.lines - first, w.group_lines);
@@ -253,7 +253,7 @@ void by_int8(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int6
 
 template <int kBits>
 void by_full(const PackedWeights& w, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t*, float* out) {
+             const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart&, float* out) {
   const float* x[kRowBlock];
   const auto start_group = [&](int64_t g) {
     for (int64_t r = 0; r < num_rows; ++r) {

@@ -4,9 +4,18 @@
 
 #include <cstdint>
 
+#include "common/int4.h"
+
 namespace ferrum::cpu {
 
 enum class FloatType { f32, f16, bf16 };
+
+// Where a tile's data lie.
+struct TileStart {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+};
 
 // One matrix in the layout of common/int4.h.
 struct PackedWeights {
@@ -18,7 +27,10 @@ struct PackedWeights {
   int64_t group_lines;  // group_size / 8; the last group may have fewer
   int64_t line_bytes;   // 64 (int4) or 128 (int8)
 
-  const uint8_t* codes_of_tile(int64_t tile) const { return codes + tile * lines * line_bytes; }
+  TileStart tile(int64_t t) const {
+    const int64_t at = t * groups * int4::kTileColumns;
+    return {codes + t * lines * line_bytes, scales + at, zeros ? zeros + at : nullptr};
+  }
 };
 
 // Activations in the order of the packed rows: int8 with one scale per group, or kept in fp32.
@@ -43,9 +55,9 @@ constexpr int64_t kRowBlock = 48;
 // first_tile + t * tile_step, for t in [0, num_tiles); num_tiles * tile_step <= 4 or so that the columns fit the panel.
 // Groups are added in ascending order as acc + float(dot) * (weight_scale * activation_scale), each operation rounded
 // to fp32: every level and every number of rows gives the same bits for int8 activations.
-// `next` is where the caller will go on reading codes, for the prefetch: the address is never read.
+// `next` is where the caller will go on reading, for the prefetch: the addresses are never read.
 using TileKernel = void (*)(const PackedWeights& weights, int64_t first_tile, int64_t tile_step, int64_t num_tiles,
-                            const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const uint8_t* next,
+                            const ActivationRows& rows, const int32_t* row_ids, int64_t num_rows, const TileStart& next,
                             float* out);
 
 struct Int4Kernels {

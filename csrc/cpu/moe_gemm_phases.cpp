@@ -56,14 +56,14 @@ GateUpInputs prepare_hidden(const ExpertBlock& block, const TokenChunk& chunk, c
 
 // One panel of the gate/up product.
 void multiply_gate_up(const ExpertBlock& block, const PackedWeights& weights, const ActivationRows (&parts)[2],
-                      int64_t tile, const int32_t* row_ids, int64_t rows, const uint8_t* next, float* panel) {
+                      int64_t tile, const int32_t* row_ids, int64_t rows, const TileStart& next, float* panel) {
   const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t tiles = std::min(kPanelTiles, block.w13.tiles - tile);
   if (block.w13.perm_parts == 1) {
     tiles_kernel(weights, tile, 1, tiles, parts[0], row_ids, rows, next, panel);
     return;
   }
-  tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, weights.codes_of_tile(tile + 1), panel);
+  tiles_kernel(weights, tile, 2, tiles / 2, parts[0], row_ids, rows, weights.tile(tile + 1), panel);
   tiles_kernel(weights, tile + 1, 2, tiles / 2, parts[1], row_ids, rows, next, panel + int4::kTileColumns);
 }
 
@@ -88,9 +88,9 @@ void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInput
   const int64_t bytes = routing.num_active() * w13.tiles * w13.first.lines * int4::kLineBytes;
   const int64_t run = std::max<int64_t>(1, tasks / (threads * 16));
   const ActivationRows parts[2] = {inputs.parts[0].view(), inputs.parts[w13.perm_parts - 1].view()};
-  const auto codes_of = [&](int64_t task) {
-    return task == tasks ? w13.first.codes
-                         : w13.expert(routing.active[task / groups]).codes_of_tile(task % groups * step * kPanelTiles);
+  const auto start_of = [&](int64_t task) {
+    return task == tasks ? w13.first.tile(0)
+                         : w13.expert(routing.active[task / groups]).tile(task % groups * step * kPanelTiles);
   };
   for_each_task(tasks, run, bytes, threads, [&](int64_t, int64_t task, int64_t next_task) {
     alignas(64) float panel[kRowBlock * kPanelColumns];
@@ -106,8 +106,8 @@ void gate_up(const ExpertBlock& block, const Routing& routing, const GateUpInput
       float* to = group_panels > 0 ? group : activated.get() + row * width + first * kPanelColumns / 2;
       for (int64_t p = first; p < last; ++p, to += kPanelColumns / 2) {
         const int64_t tile = p * kPanelTiles;
-        const uint8_t* next =
-            p + 1 < last ? weights.codes_of_tile(tile + kPanelTiles) : codes_of(row + rows < end ? task : next_task);
+        const TileStart next =
+            p + 1 < last ? weights.tile(tile + kPanelTiles) : start_of(row + rows < end ? task : next_task);
         multiply_gate_up(block, weights, parts, tile, inputs.row_ids + row, rows, next, panel);
         const int64_t pairs = std::min(kPanelTiles, w13.tiles - tile) / 2;
         for (int64_t r = 0; r < rows; ++r) {
@@ -184,13 +184,13 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
       const int64_t following_panel = a + 1 < active ? first : next_task * run;
       for (int64_t p = first; p < last; ++p) {
         const int64_t tile = p * kPanelTiles;
-        const uint8_t* next = p + 1 < last ? weights.codes_of_tile(tile + kPanelTiles)
-                                           : following.codes_of_tile(following_panel * kPanelTiles);
+        const TileStart next =
+            p + 1 < last ? weights.tile(tile + kPanelTiles) : following.tile(following_panel * kPanelTiles);
         for (int64_t row = routing.offsets[a]; row < routing.offsets[a + 1]; row += kRowBlock) {
           const int64_t rows = std::min<int64_t>(kRowBlock, routing.offsets[a + 1] - row);
           const bool more_rows = row + rows < routing.offsets[a + 1];
           tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs, routing.identity.data() + row,
-                       rows, more_rows ? weights.codes_of_tile(tile) : next, panel);
+                       rows, more_rows ? weights.tile(tile) : next, panel);
           add_rows(block, chunk, routing, panel, row, rows, columns_of(p), mine + (p - first) * panel_sums);
         }
       }
