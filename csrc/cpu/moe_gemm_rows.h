@@ -18,13 +18,12 @@ struct Routing {
   std::vector<int32_t> token;     // of each row
   std::vector<int32_t> expert;    // of each row
   std::vector<int32_t> identity;  // 0, 1, 2, ...: the row ids of buffers that are in this order themselves
-  std::vector<int32_t> row_of;    // of each pair, -1 for a skipped one
 
   int64_t num_active() const { return static_cast<int64_t>(active.size()); }
   int64_t rows() const { return static_cast<int64_t>(token.size()); }
 
   // ids: int32 [tokens, top_k]; those outside [0, experts) are skipped.
-  Routing(const int32_t* ids, int64_t tokens, int64_t top_k, int64_t experts) : row_of(tokens * top_k, -1) {
+  Routing(const int32_t* ids, int64_t tokens, int64_t top_k, int64_t experts) {
     std::vector<int32_t> next(experts + 1, 0);
     const int64_t pairs = tokens * top_k;
     for (int64_t p = 0; p < pairs; ++p) {
@@ -52,7 +51,6 @@ struct Routing {
         token[row] = static_cast<int32_t>(p / top_k);
         expert[row] = e;
         identity[row] = row;
-        row_of[p] = row;
       }
     }
   }
