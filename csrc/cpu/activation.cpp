@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks/activation.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -15,7 +16,7 @@ void run(GatedKernel kernel, const GatedArguments& a, void* out, int64_t out_str
 
 Tensor gated_halves(const char* op, GatedKernel kernel, const Tensor& gate_up) {
   const GatedArguments a = check_halves(op, gate_up);
-  Tensor out = torch::stable::new_empty(gate_up, shape_of_half(gate_up));
+  Tensor out = allocate(gate_up, shape_of_half(gate_up));
   run(kernel, a, out.mutable_data_ptr(), a.size);
   return out;
 }
@@ -28,7 +29,7 @@ Tensor gelu_tanh_mul(const Tensor& gate_up) {
 
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up) {
   const GatedArguments a = check_gate_up("silu_mul", gate, up);
-  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  Tensor out = allocate(gate, gate.sizes());
   run(FERRUM_FOR_LEVEL(silu_mul_rows), a, out.mutable_data_ptr(), a.size);
   return out;
 }

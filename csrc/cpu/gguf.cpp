@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checks/gguf.h"
+#include "cpu/allocate.h"
 #include "cpu/int4_args.h"
 
 namespace ferrum::cpu {
@@ -60,7 +61,7 @@ Tensor gguf_dequantize(const Tensor& blocks, int64_t type, ScalarType dtype) {
     shape[shape.size() - 2] *= gguf::kTileRows;
     elements *= gguf::kTileRows;  // of a tile
   }
-  Tensor out = torch::stable::new_empty(blocks, shape, dtype);
+  Tensor out = allocate(blocks, shape, dtype);
   if (out.numel() == 0) {
     return out;
   }
@@ -97,7 +98,7 @@ Tensor gguf_pack(const Tensor& blocks, int64_t type) {
   const int64_t tile_bytes = elements / gguf::kChunk * gguf::tiling_of(traits.type).chunk_bytes();
   shape[shape.size() - 2] /= gguf::kTileRows;
   shape.back() = tile_bytes;
-  Tensor out = torch::stable::new_empty(blocks, shape);
+  Tensor out = allocate(blocks, shape);
   if (out.numel() == 0) {
     return out;
   }

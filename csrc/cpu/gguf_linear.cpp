@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/allocate.h"
 #include "cpu/gguf_activations.h"
 
 namespace ferrum::cpu {
@@ -133,7 +134,7 @@ Tensor gguf_linear(const Tensor& x, std::vector<Tensor> blocks, std::vector<int6
   const int64_t in_features = x.size(x.dim() - 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = allocate(x, shape);
   const int64_t rows = x.numel() / in_features;
   if (rows == 0) {
     return out;

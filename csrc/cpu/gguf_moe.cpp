@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/allocate.h"
 #include "cpu/gguf_activations.h"
 #include "cpu/moe_gemm_rows.h"
 
@@ -273,7 +274,7 @@ Tensor moe_experts_gguf(const Tensor& hidden, const Tensor& topk_ids, const Tens
   const Stack ups = check_stack(kExperts, "up", "types", up, types[1], experts, width, "hidden", hidden_size);
   const Stack downs = check_stack(kExperts, "down", "types", down, types[2], experts, hidden_size, "gate", width);
   const Block block{gates, ups, downs, int8, float_type(hidden), hidden_size};
-  Tensor out = torch::stable::new_empty(hidden, {tokens, hidden_size});
+  Tensor out = allocate(hidden, {tokens, hidden_size});
   for (int64_t first = 0; first < tokens; first += kTokensPerChunk) {
     const int64_t bytes = hidden_size * float_bytes(block.type);
     const Tokens chunk{std::min(kTokensPerChunk, tokens - first), top_k, data<int32_t>(topk_ids) + first * top_k};

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 
+#include "cpu/allocate.h"
 #include "cpu/gptq_args.h"
 #include "cpu/gptq_kernels.h"
 #include "cpu/isa.h"
@@ -67,7 +68,7 @@ Tensor gptq_dequantize(const Tensor& qweight, const Tensor& qzeros, const Tensor
                torch::headeronly::toString(dtype));
   const GptqShape shape = check_gptq(kOp, qweight, qzeros, scales, g_idx, bits, zero_offset);
   const int64_t columns = shape.columns;
-  Tensor out = torch::stable::new_empty(scales, {shape.rows, columns}, dtype);
+  Tensor out = allocate(scales, {shape.rows, columns}, dtype);
   if (shape.rows == 0 || columns == 0) {
     return out;
   }

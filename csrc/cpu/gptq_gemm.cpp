@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "checks/rows.h"
+#include "cpu/allocate.h"
 #include "cpu/gptq_args.h"
 
 namespace ferrum::cpu {
@@ -70,7 +71,7 @@ Tensor gptq_gemm(const Tensor& x, const Tensor& qweight, const Tensor& qzeros, c
   }
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = shape.columns;
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = allocate(x, sizes);
   if (out.numel() == 0) {
     return out;
   }

@@ -8,6 +8,7 @@
 
 #include "checks/tensor.h"
 #include "common/int4.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -143,7 +144,7 @@ Tensor int4_pack(const Tensor& qweight, std::optional<Tensor> perm, int64_t in_f
   check_contiguous(op, "qweight", qweight);
   const PackShape shape{in_features, packed_rows, qweight.size(1)};
   FERRUM_CHECK(shape.out_features >= 1, op, "qweight", "expected at least 1 column, got shape ", shape_string(qweight));
-  Tensor packed = torch::stable::new_empty(qweight, {shape.tiles(), shape.lines(), kLineBytes}, ScalarType::Byte);
+  Tensor packed = allocate(qweight, {shape.tiles(), shape.lines(), kLineBytes}, ScalarType::Byte);
   const uint32_t* words = data<uint32_t>(qweight);
   const int32_t* entries = perm ? data<int32_t>(*perm) : nullptr;
   uint8_t* out = mutable_data<uint8_t>(packed);
@@ -180,7 +181,7 @@ Tensor int4_unpack(const Tensor& packed, std::optional<Tensor> perm, int64_t in_
                                 });
     return qweight;
   }
-  Tensor qweight = torch::stable::new_empty(packed, {words, out_features}, ScalarType::Int);
+  Tensor qweight = allocate(packed, {words, out_features}, ScalarType::Int);
   uint32_t* out = mutable_data<uint32_t>(qweight);
   const int64_t task_bytes = kLinesPerTask * kLineBytes * shape.tiles();
   torch::stable::parallel_for(0, int4::ceil_div(shape.lines(), kLinesPerTask),

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "checks/moe_combine.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -31,7 +32,7 @@ WeightedRows rows_of(const SumArguments& a, const Tensor& rows, const Tensor& we
 
 Tensor moe_combine(const Tensor& packed, const Tensor& pairs_by_token, const Tensor& topk_weights) {
   const SumArguments a = check_combine(packed, pairs_by_token, topk_weights);
-  Tensor out = torch::stable::new_empty(packed, {a.tokens, a.size});
+  Tensor out = allocate(packed, {a.tokens, a.size});
   WeightedRows sums = rows_of(a, packed, topk_weights);
   sums.pairs = data<int32_t>(pairs_by_token);
   sums.out = out.mutable_data_ptr();
@@ -41,7 +42,7 @@ Tensor moe_combine(const Tensor& packed, const Tensor& pairs_by_token, const Ten
 
 Tensor weighted_sum(const Tensor& slots, const Tensor& weights) {
   const SumArguments a = check_slots("weighted_sum", slots, weights);
-  Tensor out = torch::stable::new_empty(slots, {a.tokens, a.size});
+  Tensor out = allocate(slots, {a.tokens, a.size});
   WeightedRows sums = rows_of(a, slots, weights);
   sums.out = out.mutable_data_ptr();
   run(FERRUM_FOR_LEVEL(combine_tokens), sums, a.tokens);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks/moe_routing.h"
+#include "cpu/allocate.h"
 
 namespace ferrum::cpu {
 namespace {
@@ -41,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_build_pairs_by_token(const Tensor& topk_i
   check_topk_ids("moe_build_pairs_by_token", topk_ids, num_experts);
   const int64_t pairs = topk_ids.numel(), top_k = topk_ids.size(1);
   const int32_t* ids = data<int32_t>(topk_ids);
-  Tensor pairs_by_token = torch::stable::new_empty(topk_ids, {pairs});
-  Tensor packed_token_idx = torch::stable::new_empty(topk_ids, {pairs});
-  Tensor expert_offsets = torch::stable::new_empty(topk_ids, {num_experts + 1});
+  Tensor pairs_by_token = allocate(topk_ids, {pairs});
+  Tensor packed_token_idx = allocate(topk_ids, {pairs});
+  Tensor expert_offsets = allocate(topk_ids, {num_experts + 1});
   const std::vector<int32_t> first = first_rows(pairs, num_experts, [&](int64_t p) { return ids[p]; });
   std::copy(first.begin(), first.end(), mutable_data<int32_t>(expert_offsets));
 
@@ -67,9 +68,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_align_block_size(const Tensor& topk_ids, 
   const int32_t* ids = data<int32_t>(topk_ids);
   const int32_t* map = a.expert_map;
   const int64_t pairs = topk_ids.numel(), blocks = a.blocks;
-  Tensor sorted_token_ids = torch::stable::new_empty(topk_ids, {blocks * block_size});
-  Tensor block_ids = torch::stable::new_empty(topk_ids, {blocks});
-  Tensor total_post_pad = torch::stable::new_empty(topk_ids, {1});
+  Tensor sorted_token_ids = allocate(topk_ids, {blocks * block_size});
+  Tensor block_ids = allocate(topk_ids, {blocks});
+  Tensor total_post_pad = allocate(topk_ids, {1});
   int32_t* sorted = mutable_data<int32_t>(sorted_token_ids);
   int32_t* block_experts = mutable_data<int32_t>(block_ids);
 
@@ -111,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_compute_ids_tpe(const Tensor& topk_ids, i
   check_ids_tpe(topk_ids, num_experts, out_features);
   const int64_t pairs = topk_ids.numel(), products = static_cast<int64_t>(out_features.size());
   const int32_t* ids = data<int32_t>(topk_ids);
-  Tensor tokens_per_expert = torch::stable::new_empty(topk_ids, {num_experts});
-  Tensor ids_per_expert = torch::stable::new_empty(topk_ids, {num_experts, pairs});
-  Tensor dispatch = torch::stable::new_empty(topk_ids, {products, 3});
+  Tensor tokens_per_expert = allocate(topk_ids, {num_experts});
+  Tensor ids_per_expert = allocate(topk_ids, {num_experts, pairs});
+  Tensor dispatch = allocate(topk_ids, {products, 3});
   int32_t* counts = mutable_data<int32_t>(tokens_per_expert);
   int32_t* lists = mutable_data<int32_t>(ids_per_expert);
   std::fill(counts, counts + num_experts, 0);

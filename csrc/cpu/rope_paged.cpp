@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "cpu/allocate.h"
 #include "cpu/kv_cache_args.h"
 #include "cpu/rope_args.h"
 
@@ -22,7 +23,7 @@ Tensor split_qkv_norm_rope_paged_(const Tensor& qkv, const std::optional<Tensor>
   check_position_values(op, a.tables, tokens);
   check_slot_values(op, slots, tokens, pool_slots(k_cache));
   const SplitQkv split = split_qkv(a, qkv, num_heads, num_kv_heads, head_dim, eps);
-  Tensor q_out = torch::stable::new_empty(qkv, {tokens, num_heads, head_dim});
+  Tensor q_out = allocate(qkv, {tokens, num_heads, head_dim});
   if (tokens == 0) {
     return q_out;
   }
