@@ -328,18 +328,13 @@ class GgufExpertWeights(ExpertWeights):
     def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         return ferrum_ops.gguf_linear(x, [self.down_blocks[expert]], [self.down_type], None, self.activation)
 
-    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def arguments(self) -> tuple[Any, ...]:
+        """What `moe_experts_gguf` takes behind rows, ids and weights."""
         types = [self.gate_type, self.up_type, self.down_type]
-        return ferrum_ops.moe_experts_gguf(
-            hidden,
-            topk_ids,
-            topk_weights,
-            self.gate_blocks,
-            self.up_blocks,
-            self.down_blocks,
-            types,
-            self.activation,
-        )
+        return self.gate_blocks, self.up_blocks, self.down_blocks, types, self.activation
+
+    def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        return ferrum_ops.moe_experts_gguf(hidden, topk_ids, topk_weights, *self.arguments())
 
     def dense(self, dtype: torch.dtype) -> DenseExpertWeights:
         """The weights dequantised."""

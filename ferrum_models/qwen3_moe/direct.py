@@ -20,7 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 import ferrum_ops
 from ferrum_models.moe.profile import is_profiled
 from ferrum_models.moe.registry import route_and_run
-from ferrum_models.moe.weights import Int4ExpertWeights
+from ferrum_models.moe.weights import GgufExpertWeights, Int4ExpertWeights
 from ferrum_models.quantization.modules import Int4Linear, PackedExperts
 from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
 from ferrum_models.qwen3_moe.cache import GrowingLayer, let_grow
@@ -232,13 +232,18 @@ def attention_arguments(
 
 def is_int4_experts(mlp: Any) -> bool:
     """Whether on a CPU one op computes this block: in the CPU's layout, run by "fused", its phases not timed."""
+    return _runs_packed(mlp, Int4ExpertWeights.layout)
+
+
+def is_gguf_experts(mlp: Any) -> bool:
+    """Whether the experts of this block are GGUF blocks, run by "fused", its phases not timed."""
+    return _runs_packed(mlp, GgufExpertWeights.layout)
+
+
+def _runs_packed(mlp: Any, layout: str) -> bool:
     experts = mlp._modules.get("experts")
-    return (
-        type(experts) is PackedExperts
-        and experts.layout == Int4ExpertWeights.layout
-        and mlp.implementation == "fused"
-        and not is_profiled()
-    )
+    packed = type(experts) is PackedExperts and experts.layout == layout
+    return packed and mlp.implementation == "fused" and not is_profiled()
 
 
 def experts_arguments(mlp: Any, norm: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,8 +46,12 @@ class GgufLinear(_GgufModule):
     def blocks(self) -> list[torch.Tensor]:
         return [self.get_buffer(f"blocks_{i}") for i in range(len(self.types))]
 
+    def arguments(self) -> tuple[Any, ...]:
+        """What `gguf_linear` takes behind the rows."""
+        return self.blocks(), self.types, None, self.activation
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ferrum_ops.gguf_linear(x.contiguous(), self.blocks(), self.types, None, self.activation)
+        return ferrum_ops.gguf_linear(x.contiguous(), *self.arguments())
 
     @property
     def weight(self) -> torch.Tensor:

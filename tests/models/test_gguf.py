@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 
 pytest.importorskip("gguf")
 
 import ferrum_ops
 from ferrum_models import CheckpointError, Qwen3MoeForCausalLM
+from ferrum_models.qwen3_moe import cache as cache_module
+from ferrum_models.qwen3_moe import generation
 from ferrum_models.qwen3_moe.gguf_config import qwen3_moe_config
 from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
@@ -282,6 +284,23 @@ def test_generate_is_transformers(q4_k_m):
     for implementation in IMPLEMENTATIONS:
         model.set_moe_implementation(implementation)
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
+def test_bound_layers_are_the_layers(q4_k_m, repack, monkeypatch):
+    """Steps with the ops' arguments looked up beforehand: the same bits, when buffers grow as well."""
+    monkeypatch.setattr(cache_module, "LEAST_GROWTH", 2)
+    model = load(q4_k_m[1], gguf_repack=repack)
+    steps, cache = generation.CachedSteps(model, IDS.shape[0]), DynamicCache()
+    logits = [steps.start(IDS, None)]
+    expected = [model(IDS, past_key_values=cache).logits[:, -1]]
+    for token in IDS.unbind(1):
+        logits.append(steps.run(1, token))
+        expected.append(model(token[:, None], past_key_values=cache).logits[:, -1])
+        assert steps._layers is not None
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected))
+    for own, other in zip(steps.cache.layers, cache.layers):
+        assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
 
 
 def test_generate_dequantises_no_table(q4_k_m, monkeypatch):
