@@ -81,7 +81,8 @@ def bind_attention(
     held, after = lengths.unbind()
     if direct.is_int4_attention(module, norm):
         arguments = direct.attention_arguments(module, norm, rotary, held, buffers, held)
-        return lambda hidden: _ops.decoder_attention_int4_.default(hidden, *arguments)
+        half = _ops.decoder_attention_int4_.default
+        return lambda hidden: half(hidden, *arguments)
     if type(module.qkv_proj) is not GgufLinear or type(module.o_proj) is not GgufLinear:
         return None
     norm_arguments = (norm.weight, norm.variance_epsilon)
@@ -106,7 +107,8 @@ def bind_attention(
 def bind_experts(mlp: Any, norm: Any) -> RunExperts | None:
     if direct.is_int4_experts(mlp):
         arguments = direct.experts_arguments(mlp, norm)
-        return lambda attended, hidden: _ops.decoder_experts_int4.default(attended, hidden, *arguments)
+        half = _ops.decoder_experts_int4.default
+        return lambda attended, hidden: half(attended, hidden, *arguments)
     if not direct.is_gguf_experts(mlp):
         return None
     norm_arguments = (norm.weight, norm.variance_epsilon)
