@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ TOKENS = (1, 8, 64)
 #: How many times as fast as the reference every level has to be.
 GOAL = 3.0
 
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ferrum_ops.CPU_ISA_LEVELS
 
 #: Cases that move more are left out: they would be timed at the memory's speed.
 MAX_BYTES = 32 << 20
@@ -30,16 +30,9 @@ MAX_BYTES = 32 << 20
 SAMPLES = ((0.05, 15), (0.5, 5), (float("inf"), 1))
 
 
-def available(levels: Iterable[str] = LEVELS) -> list[str]:
+def available() -> tuple[str, ...]:
     """Those that this processor has."""
-    found = []
-    for level in levels:
-        try:
-            with ferrum_ops.use_cpu_isa(level):
-                found.append(level)
-        except ValueError:
-            pass
-    return found
+    return LEVELS[: LEVELS.index(ferrum_ops.cpu_isa()) + 1]
 
 
 def at_level(level: str, call: Callable[[], Any]) -> Any:
@@ -47,7 +40,7 @@ def at_level(level: str, call: Callable[[], Any]) -> Any:
         return call()
 
 
-def measure(case: Case, levels: list[str]) -> dict[str, Any]:
+def measure(case: Case, levels: Sequence[str]) -> dict[str, Any]:
     """Check the op at the first level, then time every level in turns with the reference."""
     at_level(levels[0], partial(check_case, case))
     op, reference = torch_op(case.op), ferrum_ops.OPS[case.op].ref

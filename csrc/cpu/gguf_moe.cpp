@@ -179,15 +179,7 @@ void gate_up(const Block& block, const Routing& routing, const GgufRows& gate_ro
       });
 }
 
-// sums[token] += weight * panel row, for the rows [first, first + rows) of the routing.
-void add_rows(const Tokens& t, const float* weights, const Routing& routing, const float* panel, int64_t first,
-              int64_t rows, int64_t columns, float* sums) {
-  const auto add_scaled = int4_kernels().add_scaled;
-  for (int64_t r = 0; r < rows; ++r) {
-    add_scaled(panel + r * kGgufPanel, weights[routing.pair[first + r]], columns,
-               sums + routing.token[first + r] * kGgufPanel);
-  }
-}
+static_assert(kGgufPanel == kPanelColumns);
 
 // The down product and the weighted sum over a token's experts, in ascending order. One task is a run of panels for all
 // experts: the sums never leave the core's cache, and no thread waits for another before them.
@@ -195,13 +187,11 @@ void down_and_combine(const Block& block, const Tokens& t, const float* weights,
                       const GgufRows& rows, char* out) {
   const GgufKernel kernel = gguf_kernel(block.int8);
   const int64_t panels = block.down.panels(kGgufPanel), active = routing.num_active();
-  // Long runs read each expert's panels as one stream; short ones keep the sums in the cache and the cores busy.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
-  const int64_t run = std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
+  const int64_t run = panels_per_task(panels, routing.rows(), threads);
   const int64_t panel_sums = t.tokens * kGgufPanel;
   const Scratch<float> sums(threads * run * panel_sums);
-  const auto store = int4_kernels().from_float;
+  const Int4Kernels& kernels = int4_kernels();
   for_each_task((panels + run - 1) / run, 1, active * block.down.bytes(), threads,
                 [&](int64_t thread, int64_t task, int64_t next_task) {
                   alignas(64) float products[kGgufRowBlock * kGgufPanel];
@@ -221,18 +211,15 @@ void down_and_combine(const Block& block, const Tokens& t, const float* weights,
                       for_each_row_block(routing, a, [&](int64_t row, int64_t count, bool last) {
                         kernel({expert, first, columns, rows.view(), routing.identity.data() + row, count, kGgufTile,
                                 last ? behind : expert.at(first), products});
-                        add_rows(t, weights, routing, products, row, count, columns,
+                        add_rows(kernels, routing, weights, products, row, count, columns,
                                  mine + (panel - begin) * panel_sums);
                       });
                     }
                   }
                   for (int64_t panel = begin; panel < end; ++panel) {
                     const int64_t first = panel * kGgufPanel, columns = std::min(kGgufPanel, block.hidden_size - first);
-                    const float* from = mine + (panel - begin) * panel_sums;
-                    for (int64_t token = 0; token < t.tokens; ++token) {
-                      store(from + token * kGgufPanel, columns, block.type,
-                            out + (token * block.hidden_size + first) * float_bytes(block.type));
-                    }
+                    store_sums(kernels, block.type, mine + (panel - begin) * panel_sums, t.tokens, block.hidden_size,
+                               first, columns, out);
                   }
                 });
 }

@@ -138,23 +138,6 @@ bool prepare_activated(const ExpertBlock& block, const Routing& routing, const S
   return valid;
 }
 
-// sums[token] += weight * panel row, for the rows [first, first + rows) of the routing.
-void add_rows(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing, const float* panel,
-              int64_t first, int64_t rows, int64_t columns, float* sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    block.kernels.add_scaled(panel + r * kPanelColumns, chunk.weights[routing.pair[first + r]], columns,
-                             sums + routing.token[first + r] * kPanelColumns);
-  }
-}
-
-void store_sums(const ExpertBlock& block, const TokenChunk& chunk, const float* sums, int64_t column, int64_t columns) {
-  const int64_t element = block.type == FloatType::f32 ? 4 : 2;
-  for (int64_t t = 0; t < chunk.tokens; ++t) {
-    block.kernels.from_float(sums + t * kPanelColumns, columns, block.type,
-                             chunk.out + (t * block.hidden_size + column) * element);
-  }
-}
-
 // The down product and the weighted sum over a token's experts, in ascending order. One task is a run of panels for all
 // experts: the sums never leave the core's cache, and no thread waits for another before them.
 void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const Routing& routing,
@@ -163,9 +146,7 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
   const TileKernel tiles_kernel = block.int8 ? block.kernels.int4_by_int8 : block.kernels.int4_by_full;
   const int64_t panels = int4::ceil_div(w2.tiles, kPanelTiles);
   const int64_t active = routing.num_active();
-  // Long runs read each expert's panels as one stream, short ones keep the cores busy.
-  const int64_t longest = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, routing.rows()));
-  const int64_t run = std::max<int64_t>(1, std::min(longest, panels / (threads * 4)));
+  const int64_t run = panels_per_task(panels, routing.rows(), threads);
   const int64_t tasks = int4::ceil_div(panels, run);
   const int64_t bytes = active * w2.tiles * w2.first.lines * int4::kLineBytes;
   const int64_t panel_sums = chunk.tokens * kPanelColumns;
@@ -191,12 +172,14 @@ void down_and_combine(const ExpertBlock& block, const TokenChunk& chunk, const R
           const bool more_rows = row + rows < routing.offsets[a + 1];
           tiles_kernel(weights, tile, 1, std::min(kPanelTiles, w2.tiles - tile), inputs, routing.identity.data() + row,
                        rows, more_rows ? weights.tile(tile) : next, panel);
-          add_rows(block, chunk, routing, panel, row, rows, columns_of(p), mine + (p - first) * panel_sums);
+          add_rows(block.kernels, routing, chunk.weights, panel, row, rows, columns_of(p),
+                   mine + (p - first) * panel_sums);
         }
       }
     }
     for (int64_t p = first; p < last; ++p) {
-      store_sums(block, chunk, mine + (p - first) * panel_sums, p * kPanelColumns, columns_of(p));
+      store_sums(block.kernels, block.type, mine + (p - first) * panel_sums, chunk.tokens, block.hidden_size,
+                 p * kPanelColumns, columns_of(p), chunk.out);
     }
   });
 }

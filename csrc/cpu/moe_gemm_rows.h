@@ -1,4 +1,5 @@
-// Rows of a routed expert block sorted by expert, and how its tasks are shared out among threads.
+// Rows of a routed expert block sorted by expert, how its tasks are shared out among threads, and the sums over a
+// token's experts.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +8,8 @@
 #include <atomic>
 #include <cstdint>
 #include <vector>
+
+#include "cpu/int4_args.h"
 
 namespace ferrum::cpu {
 
@@ -85,6 +88,30 @@ inline void for_each_task(int64_t tasks, int64_t run, int64_t bytes, int64_t thr
       f(begin, last, mine.begin);
     }
   });
+}
+
+// Panels of the down product that one task takes for all experts. Long runs read each expert's panels as one stream;
+// short ones keep the sums in the cache and the cores busy.
+inline int64_t panels_per_task(int64_t panels, int64_t rows, int64_t threads) {
+  const int64_t fits = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, rows));
+  return std::max<int64_t>(1, std::min(fits, panels / (threads * 4)));
+}
+
+// sums[token] += weight * panel row, for the rows [first, first + rows) of the routing.
+inline void add_rows(const Int4Kernels& kernels, const Routing& routing, const float* weights, const float* panel,
+                     int64_t first, int64_t rows, int64_t columns, float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    kernels.add_scaled(panel + r * kPanelColumns, weights[routing.pair[first + r]], columns,
+                       sums + routing.token[first + r] * kPanelColumns);
+  }
+}
+
+// The columns from `column` on of all tokens' outputs, `size` wide.
+inline void store_sums(const Int4Kernels& kernels, FloatType type, const float* sums, int64_t tokens, int64_t size,
+                       int64_t column, int64_t columns, char* out) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    kernels.from_float(sums + t * kPanelColumns, columns, type, out + (t * size + column) * float_bytes(type));
+  }
 }
 
 }  // namespace ferrum::cpu
