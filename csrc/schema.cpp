@@ -11,12 +11,21 @@ STABLE_TORCH_LIBRARY(FERRUM_NAMESPACE, m) {
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lens, float scale, bool causal=True, "
       "int window=0) -> Tensor");
   m.def(
+      "decoder_attention_gguf_(Tensor hidden, Tensor norm_weight, float eps, Tensor[] qkv, int[] qkv_types, "
+      "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, "
+      "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, float scale, Tensor[] o, int[] o_types, "
+      "int num_heads, str activation) -> Tensor");
+  m.def(
       "decoder_attention_int4_(Tensor hidden, Tensor norm_weight, float eps, "
       "Tensor qkv, Tensor qkv_scales, Tensor? qkv_zeros, Tensor? qkv_perm, Tensor? qkv_bias, int qkv_group_size, "
       "Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, float scale, "
       "Tensor o, Tensor o_scales, Tensor? o_zeros, Tensor? o_perm, Tensor? o_bias, int o_group_size, "
       "int num_heads, str activation) -> Tensor");
+  m.def(
+      "decoder_experts_gguf(Tensor attended, Tensor residual, Tensor norm_weight, float eps, "
+      "Tensor router_weight, int top_k, bool renormalize, Tensor gate, Tensor up, Tensor down, int[] types, "
+      "str activation) -> Tensor");
   m.def(
       "decoder_experts_int4(Tensor attended, Tensor residual, Tensor norm_weight, float eps, "
       "Tensor router_weight, int top_k, bool renormalize, "

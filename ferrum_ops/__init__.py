@@ -5,7 +5,12 @@ from ferrum_ops._library import CPU_ISA_LEVELS, OPS, backends, cpu_isa, use_cpu_
 from ferrum_ops.config import RuntimeConfig
 from ferrum_ops.ops.activation import gelu_tanh_mul, silu_mul, silu_mul_out
 from ferrum_ops.ops.attention import attention, paged_attention
-from ferrum_ops.ops.decoder import decoder_attention_int4_, decoder_experts_int4
+from ferrum_ops.ops.decoder import (
+    decoder_attention_gguf_,
+    decoder_attention_int4_,
+    decoder_experts_gguf,
+    decoder_experts_int4,
+)
 from ferrum_ops.ops.elementwise import (
     add_bias_,
     embedding_lookup,
@@ -56,7 +61,9 @@ __all__ = [
     "attention",
     "backends",
     "cpu_isa",
+    "decoder_attention_gguf_",
     "decoder_attention_int4_",
+    "decoder_experts_gguf",
     "decoder_experts_int4",
     "embedding_lookup",
     "fused_add_rms_norm",

@@ -42,6 +42,7 @@ NO_EMPTY_INPUT = {
 }
 #: Ops that mutate one argument and return something else, and why.
 WRITES_AND_RETURNS = {
+    "decoder_attention_gguf_": "half a layer, which appends keys and values on its way",
     "decoder_attention_int4_": "half a layer, which appends keys and values on its way",
     "split_qkv_norm_rope_paged_": "one pass makes q and writes k and v",
 }
@@ -242,7 +243,9 @@ def test_schemas_are_frozen():
 add_bias_(Tensor(a!) x, Tensor bias) -> ()
 argmax_rows(Tensor logits, Tensor? mask=None) -> Tensor
 attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lens, float scale, bool causal=True, int window=0) -> Tensor
+decoder_attention_gguf_(Tensor hidden, Tensor norm_weight, float eps, Tensor[] qkv, int[] qkv_types, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, float scale, Tensor[] o, int[] o_types, int num_heads, str activation) -> Tensor
 decoder_attention_int4_(Tensor hidden, Tensor norm_weight, float eps, Tensor qkv, Tensor qkv_scales, Tensor? qkv_zeros, Tensor? qkv_perm, Tensor? qkv_bias, int qkv_group_size, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, float scale, Tensor o, Tensor o_scales, Tensor? o_zeros, Tensor? o_perm, Tensor? o_bias, int o_group_size, int num_heads, str activation) -> Tensor
+decoder_experts_gguf(Tensor attended, Tensor residual, Tensor norm_weight, float eps, Tensor router_weight, int top_k, bool renormalize, Tensor gate, Tensor up, Tensor down, int[] types, str activation) -> Tensor
 decoder_experts_int4(Tensor attended, Tensor residual, Tensor norm_weight, float eps, Tensor router_weight, int top_k, bool renormalize, Tensor w13, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_perm, int w13_group_size, Tensor w2, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_perm, int w2_group_size, int intermediate_size, str activation) -> Tensor
 embedding_lookup(Tensor table, Tensor ids) -> Tensor
 fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)

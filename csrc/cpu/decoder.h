@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace ferrum::cpu {
 
@@ -16,10 +17,14 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
                  bool causal, int64_t window);
 std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                               double eps);
+Tensor gguf_linear(const Tensor& x, std::vector<Tensor> blocks, std::vector<int64_t> types, std::optional<Tensor> bias,
+                   std::string activation);
 Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
                    std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                    std::string activation);
 void kv_append_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& cache_lens);
+Tensor moe_experts_gguf(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate,
+                        const Tensor& up, const Tensor& down, std::vector<int64_t> types, std::string activation);
 Tensor moe_experts_int4(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& w13,
                         const Tensor& w13_scales, std::optional<Tensor> w13_zeros, std::optional<Tensor> w13_perm,
                         int64_t w13_group_size, const Tensor& w2, const Tensor& w2_scales,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/allocate.h"
+#include "cpu/decoder.h"
 #include "cpu/gguf_activations.h"
 
 namespace ferrum::cpu {
@@ -127,6 +128,8 @@ int64_t check_linear(const Tensor& x, const std::vector<Tensor>& blocks, const s
   return out_features;
 }
 
+}  // namespace
+
 Tensor gguf_linear(const Tensor& x, std::vector<Tensor> blocks, std::vector<int64_t> types, std::optional<Tensor> bias,
                    std::string activation) {
   const bool int8 = check_int8_activation(kOp, activation);
@@ -164,6 +167,8 @@ Tensor gguf_linear(const Tensor& x, std::vector<Tensor> blocks, std::vector<int6
   multiply(problem, parts);
   return out;
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) { m.impl("gguf_linear", TORCH_BOX(&gguf_linear)); }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/allocate.h"
+#include "cpu/decoder.h"
 #include "cpu/gguf_activations.h"
 #include "cpu/moe_gemm_rows.h"
 
@@ -243,6 +244,8 @@ void run_block(const Block& block, const Tokens& t, const char* hidden, const fl
   down_and_combine(block, t, weights, routing, rows, out);
 }
 
+}  // namespace
+
 Tensor moe_experts_gguf(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate,
                         const Tensor& up, const Tensor& down, std::vector<int64_t> types, std::string activation) {
   const bool int8 = check_int8_activation(kExperts, activation);
@@ -270,6 +273,8 @@ Tensor moe_experts_gguf(const Tensor& hidden, const Tensor& topk_ids, const Tens
   }
   return out;
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(ferrum, CPU, m) {
   m.impl("gguf_moe_linear", TORCH_BOX(&gguf_moe_linear));

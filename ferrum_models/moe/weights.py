@@ -328,13 +328,14 @@ class GgufExpertWeights(ExpertWeights):
     def down(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         return ferrum_ops.gguf_linear(x, [self.down_blocks[expert]], [self.down_type], None, self.activation)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """What `moe_experts_gguf` takes behind rows, ids and weights."""
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What the ops on these weights take, from `gate` on."""
         types = [self.gate_type, self.up_type, self.down_type]
         return self.gate_blocks, self.up_blocks, self.down_blocks, types, self.activation
 
     def fused(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        return ferrum_ops.moe_experts_gguf(hidden, topk_ids, topk_weights, *self.arguments())
+        return ferrum_ops.moe_experts_gguf(hidden, topk_ids, topk_weights, *self.op_arguments)
 
     def dense(self, dtype: torch.dtype) -> DenseExpertWeights:
         """The weights dequantised."""

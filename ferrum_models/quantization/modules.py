@@ -158,6 +158,11 @@ class Int4Linear(_FormatModule):
         buffers: dict[str, Any] = self._buffers  # attributes of a module are looked up in three places
         return buffers["packed"], buffers["scales"], buffers["zeros"], buffers["perm"], buffers["bias"]
 
+    @property
+    def op_weights(self) -> tuple[Any, ...]:
+        """What an op that knows the number of columns takes of this matrix."""
+        return *self.tensors, self.group_size
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()  # the last rows of a batch are a slice
         return ferrum_ops.int4_linear(x, *self.tensors, self.out_features, self.group_size, self.activation)

@@ -2,9 +2,9 @@
 
 transformers' forward passes through a dozen Python layers per decoder layer (hooks, output capture, mask and cache
 dispatch); at one token that costs as much as small layers compute. This is the same sequence of ops, called directly,
-with the same bits as a result; a half of a layer over int4 weights in the CPU's layout is one op. `applies` says when
-it may stand in: whoever hooks into modules, asks for hidden states or attentions, pads a batch, compiles or uses
-another cache or attention gets transformers' own path.
+with the same bits as a result; on a CPU a half of a layer over int4 weights in its layout or over GGUF blocks is one
+op. `applies` says when it may stand in: whoever hooks into modules, asks for hidden states or attentions, pads a batch,
+compiles or uses another cache or attention gets transformers' own path.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ferrum_models.moe.weights import GgufExpertWeights, Int4ExpertWeights
 from ferrum_models.quantization.modules import Int4Linear, PackedExperts
 from ferrum_models.qwen3_moe.attention import KERNEL_DEVICES, NAME
 from ferrum_models.qwen3_moe.cache import GrowingLayer, let_grow
+from ferrum_models.qwen3_moe.gguf_modules import GgufLinear
 from ferrum_models.qwen3_moe.step_cache import StepCache
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 #: Arguments of forward whose truth asks for something that only transformers' path gives.
 REQUESTS = ("labels", "inputs_embeds", "output_router_logits", "output_attentions", "output_hidden_states")
+
+#: The op that is half a layer on a CPU, by the class of attention's linears and by the layout of the experts.
+ATTENTION_HALVES: dict[type, str] = {Int4Linear: "decoder_attention_int4_", GgufLinear: "decoder_attention_gguf_"}
+EXPERTS_HALVES = {Int4ExpertWeights.layout: "decoder_experts_int4", GgufExpertWeights.layout: "decoder_experts_gguf"}
 
 
 def applies(
@@ -149,13 +154,15 @@ def decoder_layer(
     parts: dict[str, Any] = layer._modules
     norm, module = parts["input_layernorm"], parts["self_attn"]
     growing = growing_layer(cache, index)
-    if growing is not None and hidden.is_cpu and is_int4_attention(module, norm):
-        attended = int4_attention(module, norm, hidden, rotary, growing, lengths[0])
+    half = attention_half(module, norm) if growing is not None and hidden.is_cpu else None
+    if growing is not None and half is not None:
+        attended = packed_attention(half, module, norm, hidden, rotary, growing, lengths[0])
     else:
         attended = attention(module, norm.forward(hidden), rotary, cache, index, lengths)
     norm, mlp = parts["post_attention_layernorm"], parts["mlp"]
-    if hidden.is_cpu and is_int4_experts(mlp):
-        return ferrum_ops.decoder_experts_int4(attended, hidden, *experts_arguments(mlp, norm))
+    half = experts_half(mlp) if hidden.is_cpu else None
+    if half is not None:
+        return getattr(ferrum_ops, half)(attended, hidden, *experts_arguments(mlp, norm))
     normed, residual = ferrum_ops.fused_add_rms_norm(attended, hidden, norm.weight, norm.variance_epsilon)
     if "experts" not in mlp._modules:
         return residual + mlp.forward(normed)
@@ -170,18 +177,20 @@ def growing_layer(cache: Cache | StepCache | None, index: int) -> GrowingLayer |
     return layer if isinstance(layer, GrowingLayer) else None
 
 
-def is_int4_attention(module: Any, norm: Any) -> bool:
-    """Whether on a CPU one op computes this module: its linears in the CPU's layout, one eps for all norms."""
+def attention_half(module: Any, norm: Any) -> str | None:
+    """The op that on a CPU computes this module: its linears packed alike, one eps for all norms."""
     qkv, o = module._modules["qkv_proj"], module._modules["o_proj"]
-    return (
-        type(qkv) is Int4Linear
-        and type(o) is Int4Linear
+    alike = (
+        type(qkv) is type(o)
+        and type(qkv) in ATTENTION_HALVES
         and qkv.activation == o.activation
         and module._modules["q_norm"].variance_epsilon == norm.variance_epsilon
     )
+    return ATTENTION_HALVES[type(qkv)] if alike else None
 
 
-def int4_attention(
+def packed_attention(
+    half: str,
     module: Any,
     norm: Any,
     hidden: torch.Tensor,
@@ -194,7 +203,7 @@ def int4_attention(
     tokens = hidden.shape[0] // batch
     buffers = cache.room_for(batch, tokens, module.num_kv_heads, module.head_dim, hidden)
     arguments = attention_arguments(module, norm, rotary, None, buffers, held)
-    attended = ferrum_ops.decoder_attention_int4_(hidden, *arguments)
+    attended = getattr(ferrum_ops, half)(hidden, *arguments)
     cache.hold(length + tokens)
     return attended
 
@@ -207,15 +216,13 @@ def attention_arguments(
     buffers: tuple[torch.Tensor, torch.Tensor],
     held: torch.Tensor,
 ) -> tuple[Any, ...]:
-    """What `decoder_attention_int4_` takes behind the rows."""
+    """What the op of `attention_half` takes behind the rows."""
     parts = module._modules
-    qkv: Int4Linear = parts["qkv_proj"]
-    o: Int4Linear = parts["o_proj"]
+    qkv, o = parts["qkv_proj"], parts["o_proj"]
     return (
         norm.weight,
         norm.variance_epsilon,
-        *qkv.tensors,
-        qkv.group_size,
+        *qkv.op_weights,
         parts["q_norm"].weight,
         parts["k_norm"].weight,
         *rotary,
@@ -223,31 +230,22 @@ def attention_arguments(
         *buffers,
         held,
         module.scaling,
-        *o.tensors,
-        o.group_size,
+        *o.op_weights,
         module.num_heads,
         qkv.activation,
     )
 
 
-def is_int4_experts(mlp: Any) -> bool:
-    """Whether on a CPU one op computes this block: in the CPU's layout, run by "fused", its phases not timed."""
-    return _runs_packed(mlp, Int4ExpertWeights.layout)
-
-
-def is_gguf_experts(mlp: Any) -> bool:
-    """Whether the experts of this block are GGUF blocks, run by "fused", its phases not timed."""
-    return _runs_packed(mlp, GgufExpertWeights.layout)
-
-
-def _runs_packed(mlp: Any, layout: str) -> bool:
+def experts_half(mlp: Any) -> str | None:
+    """The op that on a CPU computes this block: its experts packed, run by "fused", its phases not timed."""
     experts = mlp._modules.get("experts")
-    packed = type(experts) is PackedExperts and experts.layout == layout
-    return packed and mlp.implementation == "fused" and not is_profiled()
+    if type(experts) is not PackedExperts or mlp.implementation != "fused" or is_profiled():
+        return None
+    return EXPERTS_HALVES.get(experts.layout)
 
 
 def experts_arguments(mlp: Any, norm: Any) -> tuple[Any, ...]:
-    """What `decoder_experts_int4` takes behind the rows: of residual, norm, router and experts."""
+    """What the op of `experts_half` takes behind the rows: of norm, router and experts."""
     gate, experts = mlp._modules["gate"], mlp._modules["experts"].weights
     return (
         norm.weight,

@@ -101,7 +101,7 @@ class CachedSteps:
         """One step with these tokens, int64 `[B]`. Returns logits `[B, V]`."""
         assert steps == 1
         if self._held == self._room:
-            self._layers = BoundLayers.bind(self.model, self.cache, self._lengths)
+            self._layers = BoundLayers.bind(self.model, self.cache, self._lengths[0])
             self._room = sys.maxsize if self._layers is None else self._layers.room
         inner = self.model.model
         if self._layers is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -46,12 +45,13 @@ class GgufLinear(_GgufModule):
     def blocks(self) -> list[torch.Tensor]:
         return [self.get_buffer(f"blocks_{i}") for i in range(len(self.types))]
 
-    def arguments(self) -> tuple[Any, ...]:
-        """What `gguf_linear` takes behind the rows."""
-        return self.blocks(), self.types, None, self.activation
+    @property
+    def op_weights(self) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+        """What ops take of this matrix: blocks and types."""
+        return self.blocks(), self.types
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ferrum_ops.gguf_linear(x.contiguous(), *self.arguments())
+        return ferrum_ops.gguf_linear(x.contiguous(), *self.op_weights, None, self.activation)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -61,7 +61,7 @@ def test_generate_takes_it_for_every_token(model, monkeypatch):
     calls = []
     own = direct.hidden_states
     monkeypatch.setattr(direct, "hidden_states", lambda *args: calls.append(1) or own(*args))
-    monkeypatch.setattr(BoundLayers, "bind", lambda *args: None)  # layers without int4 halves
+    monkeypatch.setattr(BoundLayers, "bind", lambda *args: None)  # layers without halves
     for options in ({}, {"output_scores": True, "return_dict_in_generate": True}):  # our loop and transformers'
         model.generate(ids(1, 5), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **options)
         assert len(calls) == 6

@@ -21,7 +21,9 @@ from ferrum_models.qwen3_moe.gguf_planner import GgufPlanner
 from ferrum_ops.formats.gguf import GGMLType
 from ferrum_ops.formats.gguf_tiles import TILED
 from ferrum_ops.testing.compare import relative_error
+from tests.models.example import hooked
 from tests.models.make_gguf import Tiny, read, transformers_model, write
+from tests.models.test_direct import Ops
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gguf"
 IMPLEMENTATIONS = ("fused", "bucketed", "per_pair")
@@ -284,6 +286,22 @@ def test_generate_is_transformers(q4_k_m):
     for implementation in IMPLEMENTATIONS:
         model.set_moe_implementation(implementation)
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_halves_are_one_op_with_the_bits_of_the_modules(q4_k_m, dtype):
+    tiny, path = q4_k_m
+    model = load(path, dtype=dtype)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for part in IDS.split((5, 1, 2), 1):
+        with torch.no_grad(), Ops(tiny.hidden) as ops:
+            got = model(part, past_key_values=caches[0])
+        assert {"ferrum::decoder_attention_gguf_", "ferrum::decoder_experts_gguf"} <= ops.names
+        assert not {"ferrum::fused_add_rms_norm", "ferrum::moe_experts_gguf"} & ops.names
+        with hooked(model):
+            assert torch.equal(got.logits, model(part, past_key_values=caches[1]).logits)
+    for own, other in zip(caches[0].layers, caches[1].layers):
+        assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
 
 
 @pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
