@@ -67,20 +67,24 @@ def read_rates(functions: ctypes.CDLL, threads: int, num_bytes: int = BUFFER_BYT
 
 
 def measure_limits(threads: int) -> Limits:
+    return measure_both_pages(threads)[0]
+
+
+def measure_both_pages(threads: int) -> tuple[Limits, dict[str, float]]:
+    """The limits, and bytes per second by the kind of pages; of ordinary ones only without a compiler."""
     with compiled() as functions:
         if functions is None:
-            return Limits(threads, read_bandwidth(BUFFER_BYTES), 0.0)
-        return Limits(threads, max(read_rates(functions, threads)), functions.int8_ops_per_second(threads, 5))
+            read = read_bandwidth(BUFFER_BYTES)
+            return Limits(threads, read, 0.0), {"ordinary": read}
+        ordinary, huge = read_rates(functions, threads)
+        limits = Limits(threads, max(ordinary, huge), functions.int8_ops_per_second(threads, 5))
+        return limits, {"ordinary": ordinary, "huge": huge}
 
 
 def main() -> None:
-    threads = torch.get_num_threads()
-    with compiled() as functions:
-        if functions is not None:
-            ordinary, huge = (rate / 1e9 for rate in read_rates(functions, threads))
-            print(f"reads: {ordinary:.1f} GB/s from ordinary pages, {huge:.1f} from huge ones")
-    limits = measure_limits(threads)
-    print(f"{limits.threads} threads: {limits.read / 1e9:.1f} GB/s read, {limits.int8 / 1e9:.0f} Gop/s int8")
+    limits, rates = measure_both_pages(torch.get_num_threads())
+    of_pages = ", ".join(f"{rate / 1e9:.1f} from {kind} pages" for kind, rate in rates.items())
+    print(f"{limits.threads} threads: GB/s read {of_pages}; {limits.int8 / 1e9:.0f} Gop/s int8")
 
 
 if __name__ == "__main__":

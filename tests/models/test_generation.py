@@ -8,7 +8,7 @@ from ferrum_models import Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe import cache as cache_module
 from ferrum_models.qwen3_moe import generation
 from ferrum_models.qwen3_moe.bound_layers import BoundLayers
-from tests.models.example import EXAMPLE, hooked, ids
+from tests.models.example import EXAMPLE, assert_steps_are_forward, hooked, ids
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,5 @@ def test_caches_may_change_hands(model, monkeypatch, bound):
     binds = []
     bind = BoundLayers.bind
     monkeypatch.setattr(BoundLayers, "bind", lambda *args: binds.append(bind(*args)) or (binds[-1] if bound else None))
-    steps, prompts = generation.CachedSteps(model, 2), ids(2, 9)
-    logits = [steps.start(prompts, None)]
-    cache = DynamicCache()
-    expected = [model(prompts, past_key_values=cache).logits[:, -1]]
-    for token in ids(2, 14).unbind(1):
-        logits.append(steps.run(1, token))
-        expected.append(model(token[:, None], past_key_values=cache).logits[:, -1])
-    assert all(torch.equal(a, b) for a, b in zip(logits, expected))
+    assert_steps_are_forward(model, ids(2, 9), ids(2, 14))
     assert len(binds) == (3 if bound else 1) and None not in binds
-    for own, other in zip(steps.cache.layers, cache.layers):
-        assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)

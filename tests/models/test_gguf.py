@@ -13,7 +13,6 @@ pytest.importorskip("gguf")
 import ferrum_ops
 from ferrum_models import CheckpointError, Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe import cache as cache_module
-from ferrum_models.qwen3_moe import generation
 from ferrum_models.qwen3_moe.gguf_config import qwen3_moe_config
 from ferrum_models.qwen3_moe.gguf_file import GgufCheckpoint
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
@@ -21,7 +20,8 @@ from ferrum_models.qwen3_moe.gguf_planner import GgufPlanner
 from ferrum_ops.formats.gguf import GGMLType
 from ferrum_ops.formats.gguf_tiles import TILED
 from ferrum_ops.testing.compare import relative_error
-from tests.models.example import hooked
+from tests.conftest import isa_levels
+from tests.models.example import assert_steps_are_forward, hooked
 from tests.models.make_gguf import Tiny, read, transformers_model, write
 from tests.models.test_direct import Ops
 
@@ -173,7 +173,7 @@ def test_tiles_are_all_that_is_in_memory(q4_k_m):
 
 def test_repacking_is_the_default_where_there_are_kernels_for_it(q4_k_m):
     _, path = q4_k_m
-    for level in ferrum_ops.CPU_ISA_LEVELS[: ferrum_ops.CPU_ISA_LEVELS.index(ferrum_ops.cpu_isa()) + 1]:
+    for level in isa_levels():
         with ferrum_ops.use_cpu_isa(level):
             types = load(path).model.layers[0].self_attn.o_proj.types
         assert types == (GGMLType.Q4_K + (TILED if level == "avx512" else 0),)
@@ -309,16 +309,8 @@ def test_bound_layers_are_the_layers(q4_k_m, repack, monkeypatch):
     """Steps with the ops' arguments looked up beforehand: the same bits, when buffers grow as well."""
     monkeypatch.setattr(cache_module, "LEAST_GROWTH", 2)
     model = load(q4_k_m[1], gguf_repack=repack)
-    steps, cache = generation.CachedSteps(model, IDS.shape[0]), DynamicCache()
-    logits = [steps.start(IDS, None)]
-    expected = [model(IDS, past_key_values=cache).logits[:, -1]]
-    for token in IDS.unbind(1):
-        logits.append(steps.run(1, token))
-        expected.append(model(token[:, None], past_key_values=cache).logits[:, -1])
-        assert steps._layers is not None
-    assert all(torch.equal(a, b) for a, b in zip(logits, expected))
-    for own, other in zip(steps.cache.layers, cache.layers):
-        assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)
+    steps = assert_steps_are_forward(model, IDS, IDS)
+    assert steps._layers is not None
 
 
 def test_generate_dequantises_no_table(q4_k_m, monkeypatch):

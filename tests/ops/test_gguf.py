@@ -10,6 +10,7 @@ from ferrum_ops.formats.gguf import BLOCK_SIZES, QUANTIZED_TYPES, GGMLType
 from ferrum_ops.formats.gguf_tiles import TILED
 from ferrum_ops.ops.gguf import gguf_linear_ref, random_stack
 from ferrum_ops.testing.compare import assert_close, relative_error
+from tests.conftest import isa_levels
 
 # Rounding a block of 256 activations to int8 is an error of at most half a step of max|x|/127 each: 0.7 % for normal
 # data, of what the weights add up to. Types with mins have sums that cancel, and the error is larger beside them.
@@ -82,7 +83,7 @@ def test_int8_has_the_same_bits_on_every_level_and_in_every_batch(type):
     with ferrum_ops.use_cpu_isa("generic"):
         whole = ferrum_ops.gguf_linear(x, [blocks], [type], None, "int8")
     assert_close("gguf_linear", whole, gguf_linear_ref(x.double(), [blocks], [type], None, "int8"))
-    for level in ferrum_ops.CPU_ISA_LEVELS[: ferrum_ops.CPU_ISA_LEVELS.index(ferrum_ops.cpu_isa()) + 1]:
+    for level in isa_levels():
         with ferrum_ops.use_cpu_isa(level):
             for rows in ROWS:
                 assert torch.equal(ferrum_ops.gguf_linear(x[:rows], [blocks], [type], None, "int8"), whole[:rows])

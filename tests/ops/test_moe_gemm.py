@@ -12,6 +12,7 @@ from ferrum_ops.ops.marlin import marlin_workspace
 from ferrum_ops.ops.moe_gemm import moe_experts_int4_ref, random_experts, random_gptq_experts
 from ferrum_ops.ops.moe_routing import BLOCK_SIZES
 from ferrum_ops.testing.compare import assert_close, tolerance
+from tests.conftest import isa_levels
 
 NAMES = [
     "hidden",
@@ -167,7 +168,7 @@ def test_int8_has_the_same_bits_on_every_level(dtype):
     ids, slot_weights = routing(33, 3, 4)
     hidden = torch.randn(33, 200).to(dtype)
     results = []
-    for level in ferrum_ops.CPU_ISA_LEVELS[: ferrum_ops.CPU_ISA_LEVELS.index(ferrum_ops.cpu_isa()) + 1]:
+    for level in isa_levels():
         with ferrum_ops.use_cpu_isa(level):
             results.append(experts(hidden, ids, slot_weights, weights, "int8"))
     assert all(torch.equal(r, results[0]) for r in results)
