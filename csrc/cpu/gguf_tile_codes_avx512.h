@@ -24,8 +24,18 @@ inline __m512i shift_right(__m512i v) {
   }
 }
 
+// A line of codes. Compilers read it again for each vector that has a part in it unless it is `Kept` in a register.
+template <bool Kept>
+inline __m512i load_line(const uint8_t* from) {
+  __m512i line = load64(from);
+  if constexpr (Kept) {
+    __asm__("" : "+v"(line));
+  }
+  return line;
+}
+
 // Vector P of a run: elements 4P ... 4P + 3 of the 16 columns.
-template <Type T, int P>
+template <Type T, int P, bool KeepLines = false>
 inline __m512i codes(const uint8_t* run) {
   constexpr int low_bits = kTiling<T>.low_bits, high_bits = kTiling<T>.high_bits;
   if constexpr (low_bits == 8) {
@@ -33,9 +43,10 @@ inline __m512i codes(const uint8_t* run) {
   }
   constexpr int at = P * low_bits, high_at = P * high_bits;
   const __m512i low_mask = _mm512_set1_epi8((1 << low_bits) - 1);
-  __m512i result = _mm512_and_si512(shift_right<at % 8>(load64(run + at / 8 * 64)), low_mask);
+  const __m512i low = load_line<KeepLines>(run + at / 8 * 64);
+  __m512i result = _mm512_and_si512(shift_right<at % 8>(low), low_mask);
   if constexpr (high_bits != 0) {
-    const __m512i line = load64(run + 64 * low_bits + high_at / 8 * 64);
+    const __m512i line = load_line<KeepLines>(run + 64 * low_bits + high_at / 8 * 64);
     const __m512i high_mask = _mm512_set1_epi8(((1 << high_bits) - 1) << low_bits);
     // (shifted & mask) | result
     result = _mm512_ternarylogic_epi32(shift_right<high_at % 8 - low_bits>(line), high_mask, result, 0xea);

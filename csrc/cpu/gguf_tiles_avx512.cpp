@@ -13,6 +13,7 @@
 #endif
 
 #include "cpu/gguf_tile_codes_avx512.h"
+#include "cpu/gguf_tile_rows_avx512.h"
 
 namespace ferrum::cpu::FERRUM_LEVEL {
 namespace {
@@ -40,14 +41,13 @@ struct TileRows {
   float* out;  // rows of kGgufPanel
 };
 
-// Adds vector P of a run to the dot products with R rows, whose codes for the run are at x[r] + at.
+// Adds vector P of a run to the dot products with R rows. With few rows memory is waited for, not the loads.
 template <Type T, int R, int P>
-inline __attribute__((always_inline)) void add_vector(const uint8_t* run, const int8_t* const* x, int64_t at,
-                                                      __m512i* dot) {
-  const __m512i w = codes<T, P>(run);
+inline __attribute__((always_inline)) void add_vector(const uint8_t* run, const RowCodes<R>& x, __m512i* dot) {
+  const __m512i w = codes<T, P, (R > 2 && kTiling<T>.high_bits != 0)>(run);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    dot[r] = _mm512_dpbusd_epi32(dot[r], w, broadcast_word(x[r] + at + 4 * P));
+    dot[r] = add_dot(dot[r], w, x.at[r] + 4 * P);
   }
 }
 
@@ -63,13 +63,12 @@ inline __attribute__((always_inline)) void prefetch_near(const uint8_t* run) {
 }
 
 template <Type T, int R, int Half>
-inline __attribute__((always_inline)) void add_half_run(const uint8_t* run, const int8_t* const* x, int64_t at,
-                                                        __m512i* dot) {
+inline __attribute__((always_inline)) void add_half_run(const uint8_t* run, const RowCodes<R>& x, __m512i* dot) {
   prefetch_near<T, R, Half>(run);
-  add_vector<T, R, 4 * Half>(run, x, at, dot);
-  add_vector<T, R, 4 * Half + 1>(run, x, at, dot);
-  add_vector<T, R, 4 * Half + 2>(run, x, at, dot);
-  add_vector<T, R, 4 * Half + 3>(run, x, at, dot);
+  add_vector<T, R, 4 * Half>(run, x, dot);
+  add_vector<T, R, 4 * Half + 1>(run, x, dot);
+  add_vector<T, R, 4 * Half + 2>(run, x, dot);
+  add_vector<T, R, 4 * Half + 3>(run, x, dot);
 }
 
 template <int R>
@@ -118,7 +117,7 @@ inline __attribute__((always_inline)) void finish_large(const GgufActivations& a
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const int16_t* sums = t.scales == 8 ? a.run_sums + at[r] * 8 : a.sums + at[r] * 16;
-      rest[r] = _mm512_dpwssd_epi32(rest[r], factors, broadcast_word(sums + 2 * j));
+      rest[r] = add_dot(rest[r], factors, sums + 2 * j);
     }
   }
   const __m512 d = load_halves(chunk + t.d_at());
@@ -179,32 +178,33 @@ inline __attribute__((always_inline)) void add_scaled_pair(const uint8_t* chunk,
   }
 }
 
-// total = the scaled dot products of a chunk, `at` elements into the rows x, that fit 16 bits.
+// total = the scaled dot products of a chunk with the rows x, that fit 16 bits.
 template <Type T, int R>
-inline __attribute__((always_inline)) void narrow_chunk(const uint8_t* chunk, const int8_t* const* x, int64_t at,
+inline __attribute__((always_inline)) void narrow_chunk(const uint8_t* chunk, RowCodes<R>& x,
                                                         const Starts<T, R>& starts, Ahead& ahead, __m512i* total) {
   constexpr gguf::Tiling t = kTiling<T>;
   __m512i even[R], odd[R];
   const uint8_t* run = chunk;
   if constexpr (t.scales == 16) {
-    for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), at += gguf::kSmallBlock) {
+    for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), x.next_run()) {
       ahead.prefetch();
       starts.set(2 * j, even);
-      add_half_run<T, R, 0>(run, x, at, even);
+      add_half_run<T, R, 0>(run, x, even);
       starts.set(2 * j + 1, odd);
-      add_half_run<T, R, 1>(run, x, at, odd);
+      add_half_run<T, R, 1>(run, x, odd);
       add_scaled_pair<T, R>(chunk, j, even, odd, total);
     }
   } else {
-    for (int64_t j = 0; j < 4; ++j, run += 2 * t.run_bytes(), at += 2 * gguf::kSmallBlock) {
+    for (int64_t j = 0; j < 4; ++j, run += 2 * t.run_bytes(), x.next_run()) {
       ahead.prefetch();
       starts.set(2 * j, even);
-      add_half_run<T, R, 0>(run, x, at, even);
-      add_half_run<T, R, 1>(run, x, at, even);
+      add_half_run<T, R, 0>(run, x, even);
+      add_half_run<T, R, 1>(run, x, even);
+      x.next_run();
       ahead.prefetch();
       starts.set(2 * j + 1, odd);
-      add_half_run<T, R, 0>(run + t.run_bytes(), x, at + gguf::kSmallBlock, odd);
-      add_half_run<T, R, 1>(run + t.run_bytes(), x, at + gguf::kSmallBlock, odd);
+      add_half_run<T, R, 0>(run + t.run_bytes(), x, odd);
+      add_half_run<T, R, 1>(run + t.run_bytes(), x, odd);
       add_scaled_pair<T, R>(chunk, j, even, odd, total);
     }
   }
@@ -212,20 +212,20 @@ inline __attribute__((always_inline)) void narrow_chunk(const uint8_t* chunk, co
 
 // The same for any dot products, which still have their zero point.
 template <Type T, int R>
-inline __attribute__((always_inline)) void wide_chunk(const uint8_t* chunk, const int8_t* const* x, int64_t at,
-                                                      Ahead& ahead, __m512i* total) {
+inline __attribute__((always_inline)) void wide_chunk(const uint8_t* chunk, RowCodes<R>& x, Ahead& ahead,
+                                                      __m512i* total) {
   constexpr gguf::Tiling t = kTiling<T>;
   const uint8_t* run = chunk;
-  for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), at += gguf::kSmallBlock) {
+  for (int64_t j = 0; j < 8; ++j, run += t.run_bytes(), x.next_run()) {
     ahead.prefetch();
     __m512i dot[R][1];
     clear<R, 1>(dot);
-    add_half_run<T, R, 0>(run, x, at, *dot);
+    add_half_run<T, R, 0>(run, x, *dot);
     if constexpr (t.scales == 16) {
       add_scaled<T, R>(chunk, 2 * j, *dot, total);
       clear<R, 1>(dot);
     }
-    add_half_run<T, R, 1>(run, x, at, *dot);
+    add_half_run<T, R, 1>(run, x, *dot);
     add_scaled<T, R>(chunk, t.scales == 16 ? 2 * j + 1 : j, *dot, total);
   }
 }
@@ -234,11 +234,7 @@ inline __attribute__((always_inline)) void wide_chunk(const uint8_t* chunk, cons
 template <Type T, int R, bool Narrow>
 FERRUM_KEEP_ACCUMULATORS void large_tile(const TileRows& p) {
   const GgufActivations& a = p.activations;
-  const int8_t* x[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    x[r] = a.codes + p.row_ids[r] * a.chunks * gguf::kChunk;
-  }
+  RowCodes<R> x(a, p.row_ids);
   clear_out<R>(p.out);
   Ahead ahead = p.ahead;
   Starts<T, R> starts;
@@ -253,9 +249,9 @@ FERRUM_KEEP_ACCUMULATORS void large_tile(const TileRows& p) {
     clear<R, 1>(total);
     if constexpr (Narrow) {
       starts.load(a, rows_at);
-      narrow_chunk<T, R>(chunk, x, k * gguf::kChunk, starts, ahead, *total);
+      narrow_chunk<T, R>(chunk, x, starts, ahead, *total);
     } else {
-      wide_chunk<T, R>(chunk, x, k * gguf::kChunk, ahead, *total);
+      wide_chunk<T, R>(chunk, x, ahead, *total);
     }
     finish_large<T, R, Narrow>(a, chunk, rows_at, *total, p.out);
   }
@@ -278,8 +274,8 @@ struct BlockFactors {
 
 // The terms of block j of a chunk.
 template <Type T, int R>
-inline __attribute__((always_inline)) void small_run(const uint8_t* chunk, int64_t j, const int8_t* const* x,
-                                                     int64_t at, const BlockFactors<R>& factors, __m512* terms) {
+inline __attribute__((always_inline)) void small_run(const uint8_t* chunk, int64_t j, RowCodes<R>& x,
+                                                     const BlockFactors<R>& factors, __m512* terms) {
   constexpr gguf::Tiling t = kTiling<T>;
   const uint8_t* run = chunk + j * t.run_bytes();
   __m512i dot[R];
@@ -287,8 +283,9 @@ inline __attribute__((always_inline)) void small_run(const uint8_t* chunk, int64
   for (int r = 0; r < R; ++r) {
     dot[r] = _mm512_set1_epi32(factors.starts[r][j]);
   }
-  add_half_run<T, R, 0>(run, x, at, dot);
-  add_half_run<T, R, 1>(run, x, at, dot);
+  add_half_run<T, R, 0>(run, x, dot);
+  add_half_run<T, R, 1>(run, x, dot);
+  x.next_run();
   const __m512 d = block_scales<T>(chunk, j);
   const __m512 m =
       t.mins ? _mm512_xor_ps(load_halves(chunk + t.m_at() + j * 32), _mm512_set1_ps(-0.0f)) : _mm512_setzero_ps();
@@ -306,11 +303,7 @@ inline __attribute__((always_inline)) void small_run(const uint8_t* chunk, int64
 template <Type T, int R>
 FERRUM_KEEP_ACCUMULATORS void small_tile(const TileRows& p) {
   const GgufActivations& a = p.activations;
-  const int8_t* x[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    x[r] = a.codes + p.row_ids[r] * a.chunks * gguf::kChunk;
-  }
+  RowCodes<R> x(a, p.row_ids);
   clear_out<R>(p.out);
   Ahead ahead = p.ahead;
   const uint8_t* chunk = p.tile;
@@ -321,11 +314,10 @@ FERRUM_KEEP_ACCUMULATORS void small_tile(const TileRows& p) {
     }
     __m512 pairs[4][R], terms[R];
     for (int64_t j = 0; j < 8; j += 2) {
-      const int64_t at = k * gguf::kChunk + j * gguf::kSmallBlock;
       ahead.prefetch();
-      small_run<T, R>(chunk, j, x, at, factors, pairs[j / 2]);
+      small_run<T, R>(chunk, j, x, factors, pairs[j / 2]);
       ahead.prefetch();
-      small_run<T, R>(chunk, j + 1, x, at + gguf::kSmallBlock, factors, terms);
+      small_run<T, R>(chunk, j + 1, x, factors, terms);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         pairs[j / 2][r] = _mm512_add_ps(pairs[j / 2][r], terms[r]);
