@@ -124,6 +124,7 @@ class Int4Linear(_FormatModule):
     bias: torch.Tensor | None
 
     layout = "int4_cpu"
+    op = "int4_linear"
 
     def __init__(
         self,
@@ -163,9 +164,14 @@ class Int4Linear(_FormatModule):
         """What an op that knows the number of columns takes of this matrix."""
         return *self.tensors, self.group_size
 
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What the op takes behind x."""
+        return *self.tensors, self.out_features, self.group_size, self.activation
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()  # the last rows of a batch are a slice
-        return ferrum_ops.int4_linear(x, *self.tensors, self.out_features, self.group_size, self.activation)
+        return ferrum_ops.int4_linear(x, *self.op_arguments)
 
     def set_activation(self, name: str) -> None:
         self.activation = name

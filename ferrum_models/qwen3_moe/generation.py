@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 import ferrum_ops
 from ferrum_models.qwen3_moe import decode, direct
 from ferrum_models.qwen3_moe.attention import NAME
-from ferrum_models.qwen3_moe.bound_layers import BoundLayers
+from ferrum_models.qwen3_moe.bound_model import BoundModel
 from ferrum_models.qwen3_moe.decode import DecodeGraph
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class CachedSteps:
         self._cache = DynamicCache()
         self._held, self._room = 0, 0  # tokens in the cache, and how many fit before `_bind` is needed
         self._lengths = torch.zeros(2, batch, dtype=torch.int32)  # before and after the next step
-        self._layers: BoundLayers | None = None
+        self._bound: BoundModel | None = None
 
     @staticmethod
     def applies(model: Qwen3MoeForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
@@ -82,7 +82,7 @@ class CachedSteps:
     @property
     def cache(self) -> DynamicCache:
         """The keys and values so far."""
-        if self._layers is not None:
+        if self._bound is not None:
             for layer in self._cache.layers:
                 layer.hold(self._held)
         return self._cache
@@ -91,7 +91,7 @@ class CachedSteps:
     def start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Take in the prompts. Returns logits `[B, V]`."""
         out = self.model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
-        self._cache, self._layers = out.past_key_values, None
+        self._cache, self._bound = out.past_key_values, None
         self._held = self._room = input_ids.shape[1]
         self._lengths[0], self._lengths[1] = self._held, self._held + 1
         return out.logits[:, -1]
@@ -101,17 +101,17 @@ class CachedSteps:
         """One step with these tokens, int64 `[B]`. Returns logits `[B, V]`."""
         assert steps == 1
         if self._held == self._room:
-            self._layers = BoundLayers.bind(self.model, self.cache, self._lengths[0])
-            self._room = sys.maxsize if self._layers is None else self._layers.room
-        inner = self.model.model
-        if self._layers is None:
+            self._bound = BoundModel.bind(self.model, self.cache, self._lengths[0])
+            self._room = sys.maxsize if self._bound is None else self._bound.room
+        if self._bound is None:
             positions = self._lengths[:1, :1].long()
-            hidden = direct.hidden_states(self.model, input_ids[:, None], positions, self._cache, self._lengths)[:, -1]
+            hidden = direct.hidden_states(self.model, input_ids[:, None], positions, self._cache, self._lengths)
+            logits = self.model.lm_head(hidden[:, -1])
         else:
-            hidden = inner.norm.forward(self._layers.forward(inner.embed_tokens(input_ids)))
+            logits = self._bound.forward(input_ids)
         self._held += 1
         self._lengths += 1
-        return self.model.lm_head(hidden)
+        return logits
 
 
 def graph_of(model: Qwen3MoeForCausalLM, batch: int, length: int) -> DecodeGraph:

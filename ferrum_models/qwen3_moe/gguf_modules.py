@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ class GgufLinear(_GgufModule):
     `[N_i/16, bytes]`.
     """
 
+    op = "gguf_linear"
+
     def __init__(
         self, blocks: Sequence[torch.Tensor], types: Sequence[int], activation: str, dtype: torch.dtype
     ) -> None:
@@ -50,8 +53,13 @@ class GgufLinear(_GgufModule):
         """What ops take of this matrix: blocks and types."""
         return self.blocks(), self.types
 
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What the op takes behind x."""
+        return *self.op_weights, None, self.activation
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ferrum_ops.gguf_linear(x.contiguous(), *self.op_weights, None, self.activation)
+        return ferrum_ops.gguf_linear(x.contiguous(), *self.op_arguments)
 
     @property
     def weight(self) -> torch.Tensor:

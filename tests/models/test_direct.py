@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from ferrum_models import Qwen3MoeForCausalLM
 from ferrum_models.moe import profile
 from ferrum_models.qwen3_moe import direct
-from ferrum_models.qwen3_moe.bound_layers import BoundLayers
+from ferrum_models.qwen3_moe.bound_model import BoundModel
 from tests.models.example import EXAMPLE, hooked, ids
 
 
@@ -61,7 +61,7 @@ def test_generate_takes_it_for_every_token(model, monkeypatch):
     calls = []
     own = direct.hidden_states
     monkeypatch.setattr(direct, "hidden_states", lambda *args: calls.append(1) or own(*args))
-    monkeypatch.setattr(BoundLayers, "bind", lambda *args: None)  # layers without halves
+    monkeypatch.setattr(BoundModel, "bind", lambda *args: None)  # layers without halves
     for options in ({}, {"output_scores": True, "return_dict_in_generate": True}):  # our loop and transformers'
         model.generate(ids(1, 5), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **options)
         assert len(calls) == 6

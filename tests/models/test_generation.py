@@ -7,7 +7,7 @@ from transformers import DynamicCache, StoppingCriteria
 from ferrum_models import Qwen3MoeForCausalLM
 from ferrum_models.qwen3_moe import cache as cache_module
 from ferrum_models.qwen3_moe import generation
-from ferrum_models.qwen3_moe.bound_layers import BoundLayers
+from ferrum_models.qwen3_moe.bound_model import BoundModel
 from tests.models.example import EXAMPLE, assert_steps_are_forward, hooked, ids
 
 
@@ -109,7 +109,7 @@ def test_caches_may_change_hands(model, monkeypatch, bound):
     """The prompt's and every later token's keys are those of transformers' loop, when buffers grow as well."""
     monkeypatch.setattr(cache_module, "LEAST_GROWTH", 2)
     binds = []
-    bind = BoundLayers.bind
-    monkeypatch.setattr(BoundLayers, "bind", lambda *args: binds.append(bind(*args)) or (binds[-1] if bound else None))
+    bind = BoundModel.bind
+    monkeypatch.setattr(BoundModel, "bind", lambda *args: binds.append(bind(*args)) or (binds[-1] if bound else None))
     assert_steps_are_forward(model, ids(2, 9), ids(2, 14))
     assert len(binds) == (3 if bound else 1) and None not in binds

@@ -305,12 +305,12 @@ def test_halves_are_one_op_with_the_bits_of_the_modules(q4_k_m, dtype):
 
 
 @pytest.mark.parametrize("repack", [False, True], ids=["mapped", "tiles"])
-def test_bound_layers_are_the_layers(q4_k_m, repack, monkeypatch):
+def test_bound_model_is_the_model(q4_k_m, repack, monkeypatch):
     """Steps with the ops' arguments looked up beforehand: the same bits, when buffers grow as well."""
     monkeypatch.setattr(cache_module, "LEAST_GROWTH", 2)
     model = load(q4_k_m[1], gguf_repack=repack)
     steps = assert_steps_are_forward(model, IDS, IDS)
-    assert steps._layers is not None
+    assert steps._bound is not None
 
 
 def test_generate_dequantises_no_table(q4_k_m, monkeypatch):
