@@ -6,13 +6,15 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cpu import report
-from benchmarks.cpu.limits import measure_limits
+from benchmarks.cpu.limits import BUFFER_BYTES, compiled, huge_pages_offered, reads
 from benchmarks.cpu.model import measure, prepare, random_ids, table
 from benchmarks.peers.models import MODELS, timed_load
 
@@ -76,7 +78,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             floor = own.get("floor_seconds")
             wanted = best["seconds"] / goal
-            below = f", the floor is {floor * 1e3:.1f}" if floor else ""
+            below = f", reading takes {floor * 1e3:.1f}" if floor else ""
             missed.append(
                 f"{file} {name}: {best['seconds'] / own['seconds']:.2f}x {best['peer']}, goal {goal}x "
                 f"({wanted * 1e3:.1f} ms in all{below})"
@@ -97,15 +99,25 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     return report.markdown(["model", "load, s", "peak MB", "anonymous MB", "mapped MB"], lines)
 
 
+def of_read_table(rows: list[dict[str, Any]]) -> str:
+    """The time that reading a step's weights takes as a part of the step, and in brackets the GB/s meanwhile."""
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    cells = {
+        (row["workload"], row["peer"]): f"{row['floor_seconds'] / row['seconds']:.2f} ({row['read_gb_per_s']:.0f})"
+        for row in rows
+        if row.get("floor_seconds")
+    }
+    names = dict.fromkeys(name for name, _ in cells)
+    return report.markdown(["of read", *peers], [[n, *(cells.get((n, p), "") for p in peers)] for n in names])
+
+
 def tables(rows: list[dict[str, Any]]) -> str:
-    """A table of tokens per second for each file, with the floor of decoding, and one of memory."""
+    """For each file tokens per second and how near decoding is to the read bandwidth; a table of memory."""
     parts = []
     for file in dict.fromkeys(row["file"] for row in rows):
         mine = [row for row in rows if row["file"] == file and row["workload"] in WORKLOADS]
         mine.sort(key=lambda row: WORKLOADS.index(row["workload"]))
-        floors = {r["workload"]: r for r in mine if r.get("floor_seconds")}
-        most = ", ".join(f"{name} {r['tokens'] / r['floor_seconds']:.0f}" for name, r in floors.items())
-        parts += [f"{file}. Tokens/s at the read bandwidth: {most}.", table(mine)]
+        parts += [f"{file}.", table(mine), of_read_table(mine)]
     return "\n\n".join([*parts, memory_table(rows)])
 
 
@@ -119,19 +131,33 @@ def main(arguments: argparse.Namespace) -> None:
         make_synthetic(checkpoint, sizes)
     if missing := [file for file in FILES if not (checkpoint / f"{file}.gguf").exists()]:
         make_gguf(checkpoint, missing)
-    limits = measure_limits(torch.get_num_threads())
+    with compiled() as functions, ExitStack() as stack:
+        read = None
+        if functions is not None:
+            pages = reads(functions, torch.get_num_threads(), BUFFER_BYTES, huge=huge_pages_offered())
+            read = stack.enter_context(pages)
+        rows = measure_files(checkpoint, arguments, sizes.vocab, read)
+    print(*verdicts(rows), sep="\n")
+    if arguments.save:
+        print(report.save("gguf", ("threads", "file", "workload", "peer"), rows))
+
+
+def measure_files(
+    checkpoint: Path, arguments: argparse.Namespace, vocab: int, read: Callable[[], float] | None
+) -> list[dict[str, Any]]:
+    """`read` gives the bytes per second of a pass over memory, which bounds decoding at that moment."""
     rows: list[dict[str, Any]] = []
     for file in FILES:
         names = arguments.peers or peers_of(file)
-        loaded = [c for c in prepare(checkpoint, names, sizes.vocab) if c.peer.file == f"{file}.gguf"]
+        loaded = [c for c in prepare(checkpoint, names, vocab) if c.peer.file == f"{file}.gguf"]
         for name in arguments.workloads or WORKLOADS:
-            for row in measure(loaded, name, sizes.vocab, arguments.rounds):
+            kind, _, batch = name.partition(" ")
+            for row in measure(loaded, name, vocab, arguments.rounds, read if kind == "decode" else None):
                 row |= {"file": file, "tokens": row["tokens_per_second"] * row["seconds"]}
-                kind, _, batch = name.partition(" ")
-                if kind == "decode":
+                if (rate := row.pop("beside", None)) is not None:
                     steps = row["tokens"] / int(batch)
-                    row["floor_seconds"] = steps * bytes_per_step(checkpoint / f"{file}.gguf", int(batch)) / limits.read
-                    row["read_gb_per_s"] = limits.read / 1e9
+                    row["floor_seconds"] = steps * bytes_per_step(checkpoint / f"{file}.gguf", int(batch)) / rate
+                    row["read_gb_per_s"] = rate / 1e9
                 rows.append(row)
         peers = [c.peer.name for c in loaded]
         del loaded
@@ -140,9 +166,7 @@ def main(arguments: argparse.Namespace) -> None:
             about = {"workload": "load", "peer": name, "file": file, "threads": torch.get_num_threads()}
             rows.append(about | memory | {"commit": report.commit()})
         print(tables([row for row in rows if row["file"] == file]), flush=True)
-    print(*verdicts(rows), sep="\n")
-    if arguments.save:
-        print(report.save("gguf", ("threads", "file", "workload", "peer"), rows))
+    return rows
 
 
 if __name__ == "__main__":

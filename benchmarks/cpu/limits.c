@@ -26,12 +26,15 @@ static uint64_t read_part(const Line* begin, size_t lines) {
   return sum;
 }
 
+static size_t lines_of_a_thread(size_t bytes, int threads) { return bytes / sizeof(Line) / threads / SUMS * SUMS; }
+
 // Filled memory on pages of one kind; 0 where the system has none of them.
-static Line* filled(size_t lines, int threads, int huge) {
-  Line* buffer = mmap(0, lines * threads * sizeof(Line), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+void* filled(size_t bytes, int threads, int huge) {
+  size_t lines = lines_of_a_thread(bytes, threads);
+  Line* buffer = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (buffer == MAP_FAILED) return 0;
-  if (madvise(buffer, lines * threads * sizeof(Line), huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) && huge) {
-    munmap(buffer, lines * threads * sizeof(Line));
+  if (madvise(buffer, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) && huge) {
+    munmap(buffer, bytes);
     return 0;
   }
 #pragma omp parallel for num_threads(threads)
@@ -40,26 +43,19 @@ static Line* filled(size_t lines, int threads, int huge) {
   return buffer;
 }
 
-// Bytes per second of the fastest of `repeats` passes over `bytes`, in turns on ordinary (rates[0]) and, where asked
-// for, on huge pages (rates[1]); 0 where there are none.
-void read_bytes_per_second(size_t bytes, int threads, int repeats, int huge, double rates[2]) {
-  size_t lines = bytes / sizeof(Line) / threads / SUMS * SUMS;
-  Line* buffers[2] = {filled(lines, threads, 0), huge ? filled(lines, threads, 1) : 0};
-  rates[0] = rates[1] = 0;
-  volatile uint64_t sink = 0;
-  for (int r = 0; r < 2 * repeats; ++r) {
-    const Line* buffer = buffers[r % 2];
-    if (!buffer) continue;
-    uint64_t sum = 0;
-    double start = omp_get_wtime();
+void freed(void* buffer, size_t bytes) { munmap(buffer, bytes); }
+
+// Bytes per second of one pass over filled memory.
+double read_bytes_per_second(const void* buffer, size_t bytes, int threads) {
+  static volatile uint64_t sink;
+  size_t lines = lines_of_a_thread(bytes, threads);
+  uint64_t sum = 0;
+  double start = omp_get_wtime();
 #pragma omp parallel for num_threads(threads) reduction(+ : sum)
-    for (int t = 0; t < threads; ++t) sum += read_part(buffer + t * lines, lines);
-    double rate = lines * threads * sizeof(Line) / (omp_get_wtime() - start);
-    if (rate > rates[r % 2]) rates[r % 2] = rate;
-    sink += sum;
-  }
-  for (int h = 0; h < 2; ++h)
-    if (buffers[h]) munmap(buffers[h], lines * threads * sizeof(Line));
+  for (int t = 0; t < threads; ++t) sum += read_part((const Line*)buffer + t * lines, lines);
+  double seconds = omp_get_wtime() - start;
+  sink = sum;
+  return lines * threads * sizeof(Line) / seconds;
 }
 
 // Multiplications and additions per second of vpdpbusd on 512-bit registers; 0 where the instruction is missing.

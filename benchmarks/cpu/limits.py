@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,15 +55,32 @@ def compiled() -> Iterator[ctypes.CDLL | None]:
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
         functions = ctypes.CDLL(str(library))
+        functions.filled.restype = ctypes.c_void_p
+        functions.freed.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        functions.read_bytes_per_second.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        functions.read_bytes_per_second.restype = ctypes.c_double
         functions.int8_ops_per_second.restype = ctypes.c_double
         yield functions
 
 
+@contextmanager
+def reads(functions: ctypes.CDLL, threads: int, num_bytes: int, huge: bool) -> Iterator[Callable[[], float] | None]:
+    """What reads a buffer on pages of one kind once and gives the bytes per second; None without such pages."""
+    buffer = functions.filled(ctypes.c_size_t(num_bytes), threads, int(huge))
+    try:
+        yield (lambda: functions.read_bytes_per_second(buffer, num_bytes, threads)) if buffer else None
+    finally:
+        if buffer:
+            functions.freed(buffer, num_bytes)
+
+
 def read_rates(functions: ctypes.CDLL, threads: int, num_bytes: int = BUFFER_BYTES) -> tuple[float, float]:
-    """Bytes per second from ordinary and from huge pages, measured in turns; 0 for huge ones that the system lacks."""
-    rates = (ctypes.c_double * 2)()
-    functions.read_bytes_per_second(ctypes.c_size_t(num_bytes), threads, 5, int(huge_pages_offered()), rates)
-    return rates[0], rates[1]
+    """Bytes per second from ordinary and from huge pages, the most of some turns; 0 where there are none."""
+    offered = reads(functions, threads, num_bytes, True) if huge_pages_offered() else nullcontext()
+    with reads(functions, threads, num_bytes, False) as ordinary, offered as huge:
+        kinds = [read or (lambda: 0.0) for read in (ordinary, huge)]
+        turns = [[read() for read in kinds] for _ in range(5)]
+    return max(turn[0] for turn in turns), max(turn[1] for turn in turns)
 
 
 def measure_limits(threads: int) -> Limits:

@@ -87,18 +87,28 @@ def _decode_seconds(model: Model, ids: torch.Tensor, steps: int) -> float:
     return times[-1] - times[0]
 
 
-def measure(loaded: list[Loaded], name: str, vocab: int, rounds: int) -> list[dict[str, Any]]:
-    """Contenders take turns; the first round is not counted."""
+def measure(
+    loaded: list[Loaded], name: str, vocab: int, rounds: int, beside: Callable[[], float] | None = None
+) -> list[dict[str, Any]]:
+    """Contenders take turns; the first round is not counted. `beside` is called after every turn, and a contender's row
+    has the median of what it gave after its own.
+    """
     if name == "first":
         return [row_of(name, c, [c.load_seconds + c.first_seconds], 1) for c in loaded]
     tokens, run = workload(name, vocab)
     samples: dict[str, list[float]] = {c.peer.name: [] for c in loaded}
+    others: dict[str, list[float]] = {c.peer.name: [] for c in loaded}
     for r in range(rounds + 1):
         for contender in loaded:
             seconds = run(contender.model)
+            other = beside() if beside else 0.0
             if r:
                 samples[contender.peer.name].append(seconds)
-    return [row_of(name, c, samples[c.peer.name], tokens) for c in loaded]
+                others[contender.peer.name].append(other)
+    rows = [row_of(name, c, samples[c.peer.name], tokens) for c in loaded]
+    for row in rows if beside else ():
+        row["beside"] = statistics.median(others[row["peer"]])
+    return rows
 
 
 def row_of(name: str, contender: Loaded, seconds: list[float], tokens: int) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def gguf_part(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## GGUF files",
         "The same files in both engines, 4 layers of that shape. Tokens per second; in brackets how many times "
-        "Ferrum's best. Ferrum's default copies the matrices into tiles; `mapped` leaves them in the file.",
+        "Ferrum's best. Ferrum's default copies the matrices into tiles; `mapped` leaves them in the file. `of read`: "
+        "a step's weights at the rate of a bare pass over memory right after the turn (in brackets, GB/s), as a part "
+        "of the step.",
         gguf.tables(rows),
         *_goals(gguf.verdicts(rows)),
     ]

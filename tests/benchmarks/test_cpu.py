@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.cpu import experts, levels, limits, report, rounds, scaling
+from benchmarks.cpu import experts, gguf, levels, limits, model, report, rounds, scaling
 from benchmarks.cpu.limits import Limits
 from benchmarks.cpu.rounds import Spread, take_turns
 from benchmarks.peers.interface import MoeShape
@@ -63,6 +63,20 @@ def test_reads_are_timed_on_both_kinds_of_pages_and_the_faster_count(monkeypatch
     for rates in ((2e9, 3e9), (3e9, 0.0)):
         monkeypatch.setattr(limits, "read_rates", lambda *_, rates=rates: rates)
         assert limits.measure_limits(1).read == 3e9
+
+
+def test_a_row_has_what_was_measured_after_its_own_turns():
+    class Fake:
+        def generate(self, ids, tokens):
+            return [float(t) for t in range(tokens)]
+
+    loaded = [model.Loaded(SimpleNamespace(name=name), Fake(), 0.0, 0.0) for name in ("ferrum", "llama.cpp")]
+    rates = iter([9.0, 9.0, 1.0, 2.0, 5.0, 6.0, 3.0, 4.0])  # the first round is not counted
+    rows = model.measure(loaded, "decode 1", 10, 3, lambda: next(rates))
+    assert [row["beside"] for row in rows] == [3.0, 4.0]
+    assert "beside" not in model.measure(loaded, "decode 1", 10, 3)[0]
+    rows[0] |= {"floor_seconds": 8.0, "read_gb_per_s": 30.2}
+    assert gguf.of_read_table(rows).splitlines()[-1].split("|")[1:3] == [" decode 1 ", " 0.25 (30) "]
 
 
 def test_huge_pages_are_asked_for_where_the_system_gives_them(tmp_path):
