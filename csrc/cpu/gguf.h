@@ -67,7 +67,7 @@ constexpr int64_t kGgufRowBlock = 96;
 // Every level and every number of rows gives the same bits.
 FERRUM_DECLARE_LEVELS(
     void gguf_int8_columns(const GgufProduct& product); void gguf_full_columns(const GgufProduct& product);
-    // What a row of `width` codes (a multiple of 32) has besides them: sums of 16 and of 32, peaks.
+    // What a row of `width` codes (a multiple of 256) has besides them: sums of 16 and of 32, peaks.
     GgufPeaks gguf_sums(const int8_t* codes, int64_t width, int16_t* sums, int16_t* run_sums);
     void gguf_dequantize_row(const gguf::Traits& traits, const uint8_t* blocks, int64_t elements, float* out);
     void gguf_dequantize_tile(const gguf::Traits& traits, const uint8_t* tile, int64_t elements,

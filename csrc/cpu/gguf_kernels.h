@@ -226,6 +226,47 @@ inline void full_columns(const GgufProduct& p) {
   }
 }
 
+#if defined(FERRUM_LEVEL_AVX512)
+
+// The sums of 16 bytes each of 256, as 16-bit lanes.
+inline __m256i sums_of_16(const __m512i* bytes) {
+  __m512i words = _mm512_setzero_si512();  // four vectors' sums of eight bytes in the quarters of 64-bit lanes
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i) {
+    words = _mm512_or_si512(_mm512_slli_epi64(words, 16), _mm512_sad_epu8(bytes[i], _mm512_setzero_si512()));
+  }
+  words = _mm512_add_epi16(words, _mm512_shuffle_epi32(words, _MM_PERM_BADC));
+  const __m256i order = _mm256_setr_epi16(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(order), words));
+}
+
+// gguf_sums of whole chunks.
+inline GgufPeaks sums_of_chunks(const int8_t* codes, int64_t chunks, int16_t* sums, int16_t* run_sums) {
+  __m256i most_of_16 = _mm256_setzero_si256(), most_of_32 = _mm256_setzero_si256();
+  for (int64_t k = 0; k < chunks; ++k, codes += gguf::kChunk, sums += 16, run_sums += 8) {
+    __m512i biased[4], magnitudes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i line = _mm512_loadu_si512(codes + 64 * i);
+      biased[i] = _mm512_xor_si512(line, _mm512_set1_epi8(-128));
+      magnitudes[i] = _mm512_abs_epi8(line);
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i sum = _mm256_sub_epi16(sums_of_16(biased), _mm256_set1_epi16(16 * 128));
+    const __m256i magnitude = sums_of_16(magnitudes), run_sum = _mm256_madd_epi16(sum, ones);
+    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(magnitude, ones), _mm256_abs_epi32(run_sum));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(run_sums), _mm256_cvtepi32_epi16(run_sum));
+    most_of_16 = _mm256_max_epi16(most_of_16, magnitude);
+    most_of_32 = _mm256_max_epi32(most_of_32, _mm256_srli_epi32(both, 1));
+  }
+  const __m512i of_16 = _mm512_cvtepi16_epi32(most_of_16);
+  return {static_cast<int16_t>(_mm512_reduce_max_epi32(of_16)),
+          static_cast<int16_t>(_mm512_reduce_max_epi32(_mm512_zextsi256_si512(most_of_32)))};
+}
+
+#endif
+
 }  // namespace
 }  // namespace ferrum::cpu::FERRUM_LEVEL
 
@@ -238,6 +279,9 @@ namespace ferrum::cpu::FERRUM_LEVEL {
 void gguf_full_columns(const GgufProduct& product) { full_columns(product); }
 
 GgufPeaks gguf_sums(const int8_t* codes, int64_t width, int16_t* sums, int16_t* run_sums) {
+#if defined(FERRUM_LEVEL_AVX512)
+  return sums_of_chunks(codes, width / gguf::kChunk, sums, run_sums);
+#else
   int most_of_16 = 0, most_of_32 = 0;
   for (int64_t j = 0; j < width / 32; ++j) {
     int sum[2] = {}, magnitude[2] = {};
@@ -256,6 +300,7 @@ GgufPeaks gguf_sums(const int8_t* codes, int64_t width, int16_t* sums, int16_t* 
     most_of_32 = one_sign > most_of_32 ? one_sign : most_of_32;
   }
   return {static_cast<int16_t>(most_of_16), static_cast<int16_t>(most_of_32)};
+#endif
 }
 
 #if defined(FERRUM_LEVEL_AVX512)
