@@ -218,15 +218,20 @@ class RoundedLinear(_FormatModule):
     def layout(self) -> str:
         return f"int{self.bits}_cpu"
 
+    @property
+    def op(self) -> str:
+        return f"int{self.bits}_linear"
+
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What the op takes behind x."""
+        no_zeros_and_perm = (None, None) if self.bits == 4 else ()
+        columns = (self.out_features, self.group_size, self.activation)
+        return self.packed, self.scales, *no_zeros_and_perm, self.bias, *columns
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, size = x.contiguous(), self.group_size  # the last rows of a batch are a slice
-        if self.bits == 8:
-            return ferrum_ops.int8_linear(
-                x, self.packed, self.scales, self.bias, self.out_features, size, self.activation
-            )
-        return ferrum_ops.int4_linear(
-            x, self.packed, self.scales, None, None, self.bias, self.out_features, size, self.activation
-        )
+        x = x.contiguous()  # the last rows of a batch are a slice
+        return getattr(ferrum_ops, self.op)(x, *self.op_arguments)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from ferrum_models.quantization.modules import Int4Linear
+from ferrum_models.quantization.modules import Int4Linear, RoundedLinear
 from ferrum_models.qwen3_moe import direct
 from ferrum_models.qwen3_moe.gguf_modules import GgufEmbedding, GgufLinear
 
@@ -86,7 +86,7 @@ def bind_head(norm: Any, module: Any) -> OfRows:
     norm_arguments = (norm.weight, norm.variance_epsilon)
     rms_norm = _ops.rms_norm.default
     linear, arguments = module, ()
-    if isinstance(module, GgufLinear | Int4Linear):
+    if isinstance(module, GgufLinear | Int4Linear | RoundedLinear):
         linear, arguments = getattr(_ops, module.op).default, module.op_arguments
     return lambda hidden: linear(rms_norm(hidden, *norm_arguments), *arguments)
 

@@ -5,10 +5,12 @@ import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from ferrum_models import Qwen3MoeForCausalLM
+from ferrum_models.quantization.modules import Int4Linear, RoundedLinear
 from ferrum_models.qwen3_moe import cache as cache_module
 from ferrum_models.qwen3_moe import generation
 from ferrum_models.qwen3_moe.bound_model import BoundModel
 from tests.models.example import EXAMPLE, assert_steps_are_forward, hooked, ids
+from tests.models.make_checkpoint import Recipe, make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,12 @@ def test_caches_may_change_hands(model, monkeypatch, bound):
     monkeypatch.setattr(BoundModel, "bind", lambda *args: binds.append(bind(*args)) or (binds[-1] if bound else None))
     assert_steps_are_forward(model, ids(2, 9), ids(2, 14))
     assert len(binds) == (3 if bound else 1) and None not in binds
+
+
+@pytest.mark.parametrize("rounded, kind", [(None, Int4Linear), ("int4", RoundedLinear), ("int8", RoundedLinear)])
+def test_a_packed_head_is_bound_too(tmp_path, rounded, kind):
+    make_checkpoint(tmp_path, Recipe(lm_head=rounded is None))
+    packed = Qwen3MoeForCausalLM.from_pretrained(tmp_path, lm_head=rounded)
+    vocabulary = packed.config.vocab_size
+    steps = assert_steps_are_forward(packed, ids(2, 9) % vocabulary, ids(2, 3) % vocabulary)
+    assert isinstance(packed.lm_head, kind) and steps._bound is not None
